@@ -1,0 +1,85 @@
+"""The only door to aiobotocore: opens the clients, here and on AWS alike.
+
+A client needs nothing but the standard variables: `AWS_REGION`, credentials, and `AWS_ENDPOINT_URL` for AWS on one
+machine.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession, get_session
+from botocore.credentials import ReadOnlyCredentials
+from botocore.exceptions import NoCredentialsError
+
+from shared.config import Misconfigured
+
+if TYPE_CHECKING:
+    from types_aiobotocore_cloudwatch import CloudWatchClient
+    from types_aiobotocore_medical_imaging import HealthImagingClient
+    from types_aiobotocore_s3 import S3Client
+    from types_aiobotocore_sqs import SQSClient
+
+LONGEST_POLL_S = 20
+CONNECT_TIMEOUT_S = 5
+CONNECTIONS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Aws:
+    """Open clients, and what signs requests that no SDK makes."""
+
+    s3: "S3Client"
+    sqs: "SQSClient"
+    cloudwatch: "CloudWatchClient"
+    medical_imaging: "HealthImagingClient"
+    region: str
+    endpoint_url: str | None
+    """None on AWS itself."""
+    session: AioSession
+
+    async def credentials(self) -> ReadOnlyCredentials:
+        """Return the credentials that are valid now; temporary ones change, so ask before each request."""
+        found = await self.session.get_credentials()
+        if found is None:
+            raise NoCredentialsError
+        frozen: ReadOnlyCredentials = await found.get_frozen_credentials()
+        return frozen
+
+
+@asynccontextmanager
+async def connect(environ: Mapping[str, str]) -> AsyncIterator[Aws]:
+    """Open the clients. Raises `Misconfigured` where the region or the credentials are missing."""
+    region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
+    if not region:
+        raise Misconfigured("AWS_REGION: not set. The region of the bucket, the queues and the data store.")
+    endpoint_url = environ.get("AWS_ENDPOINT_URL")
+    session = get_session()
+    if await session.get_credentials() is None:
+        raise Misconfigured("AWS_ACCESS_KEY_ID: no credentials found. Set them, or run where a role gives them.")
+    config = AioConfig(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=LONGEST_POLL_S + 40,
+        max_pool_connections=CONNECTIONS,
+        retries={"mode": "standard", "max_attempts": 3},
+        # AWS's own endpoints require the host prefix of HealthImaging, any other does not have it.
+        inject_host_prefix=endpoint_url is None,
+        s3={"addressing_style": "path"} if endpoint_url else None,
+    )
+    create: Any = session.create_client  # its overloads list every service by name
+    async with AsyncExitStack() as stack:
+
+        async def client(name: str) -> Any:
+            return await stack.enter_async_context(create(name, region_name=region, config=config))
+
+        yield Aws(
+            s3=await client("s3"),
+            sqs=await client("sqs"),
+            cloudwatch=await client("cloudwatch"),
+            medical_imaging=await client("medical-imaging"),
+            region=region,
+            endpoint_url=endpoint_url,
+            session=session,
+        )

@@ -1,0 +1,244 @@
+"""A killable child process that answers calls over pipes, one JSON document per line.
+
+Theory of operation. Work that may hang, eat memory, crash or hold the interpreter lock (decoding a file, running a MAP,
+training) runs in a child, so that the service beside it keeps extending its messages and can always end the work with
+SIGKILL. The parent writes one call per line to the child's standard input; the child answers with any number of
+`{"progress": …}` lines and ends with one `{"reply": …}` or `{"error": …}` line. The child keeps the real standard
+output for itself and points file descriptor 1 at standard error, so that a library that prints cannot break the
+protocol.
+
+A child leads its own process group: killing it takes what it started along. It asks the kernel to be killed when its
+parent dies (PR_SET_PDEATHSIG), so a SIGKILL of the service leaves no orphan computing.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shared.errors import Unprocessable, place_of
+
+STDERR_TAIL_BYTES = 64 * 1024
+LINE_LIMIT_BYTES = 64 * 1024 * 1024
+PR_SET_PDEATHSIG = 1
+
+Json = dict[str, Any]
+Progress = Callable[[Json], None]
+
+
+class ChildFailed(RuntimeError):  # noqa: N818 - it states what became of the call
+    """A call brought no reply.
+
+    `reason_code` is one of `deadline` (killed for time), `out_of_memory`, `cpu_limit`, `crashed` (ended by a signal or
+    exited) and `raised` (the function raised; `error_type` and `where` name the exception and its place, never its
+    text).
+    """
+
+    def __init__(self, reason_code: str, error_type: str = "", where: str = "") -> None:
+        """State the reason and the place."""
+        super().__init__(" ".join(part for part in (reason_code, error_type, where) if part))
+        self.reason_code = reason_code
+        self.error_type = error_type
+        self.where = where
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a child may use; None is unlimited."""
+
+    memory_bytes: int | None = None
+    """Address space (RLIMIT_AS) of the child."""
+    cpu_s: int | None = None
+    """Processor seconds per call (RLIMIT_CPU)."""
+
+
+class Child:
+    """The parent's side: starts the child at the first call, and again at the first call after it ended."""
+
+    def __init__(
+        self, argv: Sequence[str], *, limits: Limits | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        """Remember how to start it; `env` is added to this process's environment."""
+        self._argv = tuple(argv)
+        self._limits = limits or Limits()
+        self._env = dict(env or {})
+        self._process: asyncio.subprocess.Process | None = None
+        self._stderr_task: asyncio.Task[None] | None = None
+        self._stderr = bytearray()
+        self._lock = asyncio.Lock()
+        self.calls = 0
+        """Calls answered by the process that runs now."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process is running."""
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, if a process is running."""
+        return self._process.pid if self._process is not None and self.alive else None
+
+    def stderr_tail(self) -> bytes:
+        """Return the last 64 KiB that the child printed. It may hold patient attributes: never log it."""
+        return bytes(self._stderr)
+
+    async def call(self, request: Json, *, deadline_s: float, on_progress: Progress | None = None) -> Any:
+        """Send `request` and return the reply.
+
+        A call that is cancelled, or not answered within `deadline_s`, kills the child: its state is unknown.
+
+        Raises:
+            ChildFailed: no reply came.
+            Unprocessable: the child's function said so.
+        """
+        async with self._lock:
+            process = await self._started()
+            try:
+                async with asyncio.timeout(deadline_s):
+                    answer = await self._exchange(process, request, on_progress)
+            except TimeoutError:
+                await self.stop(kill=True)
+                raise ChildFailed("deadline") from None
+            except BaseException:
+                await self.stop(kill=True)
+                raise
+            self.calls += 1
+            return _value_of(answer)
+
+    async def stop(self, *, kill: bool = False, grace_s: float = 5.0) -> None:
+        """End the child: close its input and wait `grace_s`, then kill it with what it started."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        if not kill:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), grace_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+        if self._stderr_task is not None:
+            await self._stderr_task
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is not None and self._process.returncode is None:
+            return self._process
+        await self.stop(kill=True)
+        self._stderr.clear()
+        self.calls = 0
+        environment = {**os.environ, **self._env, "RADQUEUE_CHILD": json.dumps(_limits_json(self._limits))}
+        self._process = await asyncio.create_subprocess_exec(
+            *self._argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+            limit=LINE_LIMIT_BYTES,
+            start_new_session=True,
+        )
+        self._stderr_task = asyncio.create_task(self._drain_stderr(self._process))
+        return self._process
+
+    async def _exchange(self, process: asyncio.subprocess.Process, request: Json, on_progress: Progress | None) -> Json:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("the child was started without pipes")
+        with contextlib.suppress(ConnectionError):  # a child that just died is told apart below, by its exit
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            await process.stdin.drain()
+        while line := await process.stdout.readline():
+            answer: Json = json.loads(line)
+            if "progress" not in answer:
+                return answer
+            if on_progress is not None:
+                on_progress(answer["progress"])
+        raise _failure_of_exit(await process.wait())
+
+    async def _drain_stderr(self, process: asyncio.subprocess.Process) -> None:
+        if process.stderr is None:
+            return
+        while chunk := await process.stderr.read(8192):
+            self._stderr += chunk
+            del self._stderr[:-STDERR_TAIL_BYTES]
+
+
+def serve(function: Callable[[Json, Progress], Any]) -> None:
+    """Run the child's side: answer each line on standard input with what `function(request, progress)` returns.
+
+    Returns when standard input closes. Exceptions are answered by type and place, never by text, which may name a
+    patient.
+    """
+    limits = json.loads(os.environ.get("RADQUEUE_CHILD", "{}"))
+    _die_with_parent()
+    if limits.get("memory_bytes"):
+        resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
+    # Libraries warn with the values they stumble over; nothing of that may reach a log.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def write(answer: Json) -> None:
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+
+    for line in sys.stdin:
+        if limits.get("cpu_s"):
+            _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + limits["cpu_s"] + 1, hard))
+        try:
+            write({"reply": function(json.loads(line), lambda progress: write({"progress": progress}))})
+        except BaseException as error:  # noqa: BLE001 - whatever it was, the parent must hear of it
+            traceback.print_exc()
+            write({"error": _error_json(error)})
+            if not isinstance(error, Exception):
+                raise SystemExit(1) from None
+
+
+def _limits_json(limits: Limits) -> Json:
+    return {"memory_bytes": limits.memory_bytes, "cpu_s": limits.cpu_s}
+
+
+def _die_with_parent() -> None:
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died between the two lines above
+        os._exit(1)
+
+
+def _error_json(error: BaseException) -> Json:
+    if isinstance(error, Unprocessable):
+        return {"unprocessable": error.reason_code, "detail": error.detail}
+    return {"type": type(error).__name__, "where": place_of(error)}
+
+
+def _value_of(answer: Json) -> Any:
+    if "reply" in answer:
+        return answer["reply"]
+    error = answer["error"]
+    if "unprocessable" in error:
+        raise Unprocessable(error["unprocessable"], error["detail"])
+    if error["type"] == "MemoryError":
+        raise ChildFailed("out_of_memory", error["type"], error["where"])
+    raise ChildFailed("raised", error["type"], error["where"])
+
+
+def _failure_of_exit(returncode: int) -> ChildFailed:
+    if returncode == -signal.SIGXCPU:
+        return ChildFailed("cpu_limit")
+    if returncode < 0:
+        return ChildFailed("crashed", signal.Signals(-returncode).name)
+    return ChildFailed("crashed", f"exit {returncode}")

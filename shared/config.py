@@ -1,0 +1,64 @@
+"""Settings: read once from the environment, checked, and explained where they are wrong."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PREFIX = "RADQUEUE_"
+
+
+class Misconfigured(Exception):  # noqa: N818 - it states a fact about the settings
+    """The environment does not hold usable settings; the text has one line for each, without values."""
+
+
+class ServiceSettings(BaseModel):
+    """What every service needs. The field `quiet_s` is read from the variable `RADQUEUE_QUIET_S`, and so on."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    bucket: str = "radqueue"
+    """The bucket that holds all state."""
+    ingest_queue: str = "radqueue-ingest"
+    """Name of the queue that receives S3 notifications."""
+    inference_queue: str = "radqueue-inference"
+    """Name of the queue of the inference workers."""
+    training_queue: str = "radqueue-training"
+    """Name of the queue of training requests."""
+    reporting_queue: str = "radqueue-reporting"
+    """Name of the queue of the reporter."""
+    slots: int = Field(default=10, ge=1, le=100)
+    """Messages handled at the same time."""
+    poll_s: int = Field(default=20, ge=0, le=20)
+    """Seconds a poll waits for messages (SQS allows 20)."""
+    visibility_s: int = Field(default=90, ge=10, le=43_200)
+    """Seconds until SQS gives a message to another worker after this process died."""
+    grace_s: float = Field(default=25, ge=0)
+    """Seconds that running handlers get to finish after SIGTERM."""
+    retry_base_s: float = Field(default=2, gt=0)
+    """Mean delay of the first retry is half of this; it doubles with each receive, up to 300 s."""
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def load(settings: type[Settings], environ: Mapping[str, str]) -> Settings:
+    """Read every field of `settings` from the variable of its name in capitals, after `RADQUEUE_`.
+
+    Raises:
+        Misconfigured: naming each variable, what is wrong with it, and what it is for.
+    """
+    found = {}
+    for name in settings.model_fields:
+        value = environ.get(PREFIX + name.upper())
+        if value is not None:
+            found[name] = value
+    try:
+        return settings.model_validate(found)
+    except ValidationError as error:
+        lines = []
+        for detail in error.errors(include_input=False, include_url=False):
+            name = str(detail["loc"][0]) if detail["loc"] else ""
+            description = settings.model_fields[name].description if name in settings.model_fields else ""
+            lines.append(f"{PREFIX}{name.upper()}: {detail['msg']}. {description or ''}".strip())
+        raise Misconfigured("\n".join(lines)) from None

@@ -1,0 +1,430 @@
+"""The contract: every message that crosses a queue, as CloudEvents 1.0 in JSON, and the S3 notifications we receive.
+
+Each event class is frozen and told apart by its `type`, which ends in a version. Unknown additional fields are
+accepted, an unknown type is not. An event's id is a uuid5 of its type, subject and data: what is announced twice is the
+same event, and a consumer discards the repeat by its id.
+"""
+
+import hashlib
+import json
+import uuid
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import unquote_plus
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from shared.errors import Unprocessable
+
+EVENT_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "events.radqueue.org")
+
+Uid = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=64)]
+"""A DICOM UID (PS3.5 section 9.1), which may become a part of a key."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+"""A dataset, request or MAP name: a part of a key that a person chose."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
+Month = Annotated[str, Field(pattern=r"^[0-9]{4}-(0[1-9]|1[0-2])$")]
+Queue = Literal["ingest", "inference", "training", "reporting"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+# What the events tell.
+
+
+class SeriesRef(_Frozen):
+    """One revision of one series."""
+
+    study_uid: Uid
+    series_uid: Uid
+    digest: Digest
+    """Hash of the sorted (SOPInstanceUID, sha) of the series."""
+    revision_key: str
+
+
+class SettlingSeries(_Frozen):
+    """A series that receives instances, to be looked at when this message becomes visible."""
+
+    dataset: Name
+    study_uid: Uid
+    series_uid: Uid
+    bucket: str
+    """The time bucket whose marker guards this message."""
+    first_seen: AwareDatetime
+
+
+class ReadySeries(SeriesRef):
+    """A settled series."""
+
+    dataset: Name
+    n_instances: int
+    modality: str | None = None
+    warnings: tuple[str, ...] = ()
+    array_key: str | None = None
+    """The training array, for a series of images."""
+    supersedes: Digest | None = None
+
+
+class RejectedUpload(_Frozen):
+    """An uploaded object, or a member of a zip, that was refused."""
+
+    dataset: Name
+    upload_key_sha256: str
+    """Upload keys may hold names, so they are told by their hash."""
+    object_sha256: str
+    reason_code: str
+    quarantine_key: str
+
+
+class InferenceTask(_Frozen):
+    """One MAP to run over one or more series of a study."""
+
+    map: Name
+    map_digest: Digest
+    inputs: tuple[SeriesRef, ...] = Field(min_length=1)
+
+
+class InferenceOutput(_Frozen):
+    """One DICOM instance that a MAP made and HealthImaging took."""
+
+    sop_class_uid: Uid
+    sop_instance_uid: Uid
+    series_uid: Uid
+    key: str
+    image_set_id: str | None = None
+
+
+class CompletedInference(InferenceTask):
+    """A MAP that did its work; `no_matching_series` is no failure, and has no outputs."""
+
+    outcome: Literal["completed", "no_matching_series"]
+    result_key: str
+    outputs: tuple[InferenceOutput, ...] = ()
+    duration_s: float
+    """Wall seconds that the MAP ran."""
+    device: str = "cpu"
+
+
+class FailedInference(InferenceTask):
+    """A MAP that did not."""
+
+    attempt: str
+    reason_code: str
+    failure_key: str
+
+
+class TrainingRequest(_Frozen):
+    """What a researcher asks for."""
+
+    request_id: Name
+    dataset: Name
+    overrides: dict[str, int | float | str | bool] = {}
+    """Parameters of config.js to start with."""
+    threshold: float = Field(default=2.0, gt=0)
+    """Approved when relative_fd is at or below it."""
+    max_rounds: int = Field(default=5, ge=1, le=100)
+    n_images: int = Field(default=16, ge=1, le=10_000)
+
+
+class Evaluation(_Frozen):
+    """How far generated images are from held-out real ones."""
+
+    metric: str
+    """`FD` in a named feature space; `FID` only with Inception features."""
+    space: str
+    n: int
+    """Images on each side."""
+    distance: float
+    floor: float
+    """The distance between two halves of the real images, of the same n."""
+    relative_fd: float
+    """distance / floor"""
+
+
+class TrainingRound(_Frozen):
+    """One round of train and evaluate."""
+
+    request_id: Name
+    dataset: Name
+    round: int
+    steps: int
+    evaluation: Evaluation
+    approved: bool
+    config: dict[str, int | float | str | bool]
+    config_key: str
+    duration_s: float
+
+
+class CompletedTraining(_Frozen):
+    """A training that ended: approved, or out of rounds."""
+
+    request_id: Name
+    dataset: Name
+    approved: bool
+    rounds: int
+    evaluation: Evaluation
+    config: dict[str, int | float | str | bool]
+    generator_key: str
+    images_key: str
+    """A PNG grid of generated images."""
+    images_array_key: str
+
+
+class FailedTraining(_Frozen):
+    """A training that cannot work as asked, too little data for instance."""
+
+    request_id: Name
+    dataset: Name
+    reason_code: str
+
+
+class ReportRequest(_Frozen):
+    """A month to report; without one, the month before the request's time."""
+
+    month: Month | None = None
+
+
+# The envelopes.
+
+
+class Event(_Frozen):
+    """A CloudEvent. `of` builds one; subclasses fix `type`, `source` and the class of `data`."""
+
+    producer: ClassVar[str]
+    queues: ClassVar[tuple[Queue, ...]]
+    """Where the event is sent."""
+
+    specversion: Literal["1.0"] = "1.0"
+    id: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    type: str
+    time: AwareDatetime
+    subject: str | None = None
+    datacontenttype: Literal["application/json"] = "application/json"
+    traceparent: str | None = None
+    data: Any
+
+    @classmethod
+    def of(cls, subject: str, data: BaseModel, *, time: datetime) -> Self:
+        """Build the event that tells `data` of `subject`; `time` is when that became true, not now."""
+        type_ = cls.model_fields["type"].default
+        told = json.dumps(data.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        identity = uuid.uuid5(EVENT_NAMESPACE, f"{type_}\n{subject}\n{told}")
+        return cls(type=type_, id=str(identity), source=cls.producer, time=time, subject=subject, data=data)
+
+    def body(self) -> str:
+        """Return the message body."""
+        return self.model_dump_json(exclude_none=True)
+
+
+class SeriesSettling(Event):
+    """Ingest to itself, delayed."""
+
+    producer = "radqueue/ingest"
+    queues = ("ingest",)
+    type: Literal["radqueue.series.settling.v1"] = "radqueue.series.settling.v1"
+    data: SettlingSeries
+
+
+class SeriesReady(Event):
+    """A series has settled."""
+
+    producer = "radqueue/ingest"
+    queues = ("inference", "reporting")
+    type: Literal["radqueue.series.ready.v1"] = "radqueue.series.ready.v1"
+    data: ReadySeries
+
+
+class UploadRejected(Event):
+    """An object was refused and put into quarantine."""
+
+    producer = "radqueue/ingest"
+    queues = ("reporting",)
+    type: Literal["radqueue.upload.rejected.v1"] = "radqueue.upload.rejected.v1"
+    data: RejectedUpload
+
+
+class InferenceRequested(Event):
+    """The inference worker to itself: one MAP on one revision."""
+
+    producer = "radqueue/inference"
+    queues = ("inference",)
+    type: Literal["radqueue.inference.requested.v1"] = "radqueue.inference.requested.v1"
+    data: InferenceTask
+
+
+class InferenceCompleted(Event):
+    """A result is in HealthImaging, or no series matched."""
+
+    producer = "radqueue/inference"
+    queues = ("reporting",)
+    type: Literal["radqueue.inference.completed.v1"] = "radqueue.inference.completed.v1"
+    data: CompletedInference
+
+
+class InferenceFailed(Event):
+    """A MAP failed on a revision."""
+
+    producer = "radqueue/inference"
+    queues = ("reporting",)
+    type: Literal["radqueue.inference.failed.v1"] = "radqueue.inference.failed.v1"
+    data: FailedInference
+
+
+class TrainingRequested(Event):
+    """A person, the command line or a schedule asks for a model."""
+
+    producer = "radqueue/cli"
+    queues = ("training",)
+    type: Literal["radqueue.training.requested.v1"] = "radqueue.training.requested.v1"
+    data: TrainingRequest
+
+
+class TrainingRoundCompleted(Event):
+    """A round was trained and evaluated."""
+
+    producer = "radqueue/trainer"
+    queues = ("reporting",)
+    type: Literal["radqueue.training.round_completed.v1"] = "radqueue.training.round_completed.v1"
+    data: TrainingRound
+
+
+class TrainingCompleted(Event):
+    """A training ended with a model and images."""
+
+    producer = "radqueue/trainer"
+    queues = ("reporting",)
+    type: Literal["radqueue.training.completed.v1"] = "radqueue.training.completed.v1"
+    data: CompletedTraining
+
+
+class TrainingFailed(Event):
+    """A training cannot work as asked."""
+
+    producer = "radqueue/trainer"
+    queues = ("reporting",)
+    type: Literal["radqueue.training.failed.v1"] = "radqueue.training.failed.v1"
+    data: FailedTraining
+
+
+class ReportRequested(Event):
+    """A person, the command line or a schedule asks for a month's report."""
+
+    producer = "radqueue/cli"
+    queues = ("reporting",)
+    type: Literal["radqueue.report.requested.v1"] = "radqueue.report.requested.v1"
+    data: ReportRequest
+
+
+AnyEvent = Annotated[
+    SeriesSettling
+    | SeriesReady
+    | UploadRejected
+    | InferenceRequested
+    | InferenceCompleted
+    | InferenceFailed
+    | TrainingRequested
+    | TrainingRoundCompleted
+    | TrainingCompleted
+    | TrainingFailed
+    | ReportRequested,
+    Field(discriminator="type"),
+]
+_EVENT: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
+EVENT_TYPES: tuple[type[Event], ...] = (
+    SeriesSettling,
+    SeriesReady,
+    UploadRejected,
+    InferenceRequested,
+    InferenceCompleted,
+    InferenceFailed,
+    TrainingRequested,
+    TrainingRoundCompleted,
+    TrainingCompleted,
+    TrainingFailed,
+    ReportRequested,
+)
+
+
+# What S3 tells.
+
+
+class CreatedObject(_Frozen):
+    """One object that S3 says was created; its key is decoded."""
+
+    bucket: str
+    key: str
+    time: AwareDatetime
+
+
+class ObjectsCreated(_Frozen):
+    """The created objects of one notification, which may be none: `s3:TestEvent` and other events are acknowledged."""
+
+    objects: tuple[CreatedObject, ...]
+    traceparent: None = None
+
+
+Message = Event | ObjectsCreated
+
+
+def decode(body: str) -> Message:
+    """Decode a message body: a CloudEvent, or an S3 notification, raw, wrapped by SNS, or from EventBridge.
+
+    Raises:
+        Unprocessable: `not_json`, `unknown_message`, `unknown_type` or `invalid_message`; the text names the fields,
+            never values.
+    """
+    try:
+        document = json.loads(body)
+    except ValueError:
+        raise Unprocessable("not_json") from None
+    if not isinstance(document, dict):
+        raise Unprocessable("unknown_message")
+    if document.get("Type") == "Notification" and isinstance(document.get("Message"), str):
+        return decode(document["Message"])
+    try:
+        if "specversion" in document:
+            return _EVENT.validate_python(document)
+        if "Records" in document or "detail-type" in document or document.get("Event") == "s3:TestEvent":
+            return _decode_s3(document)
+    except ValidationError as error:
+        raise _invalid(error) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Unprocessable("invalid_message", f"S3 notification without {error}"[:80]) from None
+    raise Unprocessable("unknown_message")
+
+
+def _invalid(error: ValidationError) -> Unprocessable:
+    if any(detail["type"].startswith("union_tag") for detail in error.errors()):
+        return Unprocessable("unknown_type")
+    places = sorted({".".join(str(part) for part in detail["loc"][1:]) for detail in error.errors()})
+    return Unprocessable("invalid_message", ", ".join(places))
+
+
+def _decode_s3(document: dict[str, Any]) -> ObjectsCreated:
+    """Decode a notification (its keys are form-encoded) or an EventBridge event (whose keys are not)."""
+    created: list[CreatedObject] = []
+    if document.get("detail-type") == "Object Created":
+        detail = document["detail"]
+        created.append(
+            CreatedObject(bucket=detail["bucket"]["name"], key=detail["object"]["key"], time=document["time"])
+        )
+    for record in document.get("Records", []):
+        if record["eventName"].startswith("ObjectCreated:"):
+            s3 = record["s3"]
+            key = unquote_plus(s3["object"]["key"])
+            created.append(CreatedObject(bucket=s3["bucket"]["name"], key=key, time=record["eventTime"]))
+    return ObjectsCreated(objects=tuple(created))
+
+
+def sha256_of(text: str) -> str:
+    """Return the hash that stands for a key or a body wherever people read it."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stored_event(event: Event) -> dict[str, Any]:
+    """Return the event as the JSON document that the event log keeps."""
+    document: dict[str, Any] = json.loads(event.body())
+    return document

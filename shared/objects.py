@@ -1,0 +1,177 @@
+"""The one bucket that holds all state, as an asynchronous object store.
+
+IAM: s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket on the bucket. Conditional writes are plain PutObject.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from shared.errors import Unavailable
+
+if TYPE_CHECKING:
+    from types_aiobotocore_s3 import S3Client
+
+CHUNK_BYTES = 1024 * 1024
+PART_BYTES = 64 * 1024 * 1024
+"""Objects above this size are uploaded in parts of this size (S3 allows 10,000 parts of 5 MiB to 5 GiB)."""
+HTTP_NOT_FOUND = 404
+HTTP_TOO_MANY = 429
+HTTP_SERVER_ERROR = 500
+LOST_THE_RACE = {"PreconditionFailed", "412"}
+TRY_AGAIN = {
+    "ConditionalRequestConflict",  # two conditional writes met; S3 says to repeat ours
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+}
+
+
+class ObjectMissing(KeyError):  # noqa: N818 - it states a fact about a key
+    """No object is stored under the key. The key stays out of the text: an upload's key may hold a name."""
+
+    def __init__(self) -> None:
+        """State the fact."""
+        super().__init__("no object under this key")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectSummary:
+    """One line of a listing."""
+
+    key: str
+    size: int
+    last_modified: datetime
+    etag: str
+
+
+class ObjectStore:
+    """Reads and writes one bucket. Every method raises `Unavailable` when S3 does not answer."""
+
+    def __init__(self, s3: "S3Client", bucket: str) -> None:
+        """Take an open aiobotocore S3 client."""
+        self._s3 = s3
+        self.bucket = bucket
+
+    async def get(self, key: str) -> bytes:
+        """Return the whole object. Raises `ObjectMissing`."""
+        body, _ = await self.get_with_etag(key)
+        return body
+
+    async def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        """Return the whole object and the ETag that `put_if_match` takes. Raises `ObjectMissing`."""
+        with _aws_errors():
+            response = await self._s3.get_object(Bucket=self.bucket, Key=key)
+            async with response["Body"] as stream:
+                return await stream.read(), response["ETag"]
+
+    async def size(self, key: str) -> int:
+        """Return the object's size in bytes. Raises `ObjectMissing`."""
+        with _aws_errors():
+            response = await self._s3.head_object(Bucket=self.bucket, Key=key)
+            return response["ContentLength"]
+
+    async def exists(self, key: str) -> bool:
+        """Tell whether an object is stored under `key`."""
+        try:
+            await self.size(key)
+        except ObjectMissing:
+            return False
+        return True
+
+    async def put(self, key: str, body: bytes) -> str:
+        """Store `body`, replacing what was there; returns the ETag."""
+        with _aws_errors():
+            return (await self._s3.put_object(Bucket=self.bucket, Key=key, Body=body))["ETag"]
+
+    async def put_if_absent(self, key: str, body: bytes) -> bool:
+        """Store `body` only if the key is free (`If-None-Match: *`); tells whether it was."""
+        return await self._put_if(key, body, {"IfNoneMatch": "*"}) is not None
+
+    async def put_if_match(self, key: str, body: bytes, etag: str) -> str | None:
+        """Replace the object only if it still has `etag` (`If-Match`); returns the new ETag, or None."""
+        return await self._put_if(key, body, {"IfMatch": etag})
+
+    async def _put_if(self, key: str, body: bytes, condition: dict[str, Any]) -> str | None:
+        try:
+            with _aws_errors():
+                return (await self._s3.put_object(Bucket=self.bucket, Key=key, Body=body, **condition))["ETag"]
+        except ObjectMissing:  # If-Match on a key that is gone
+            return None
+        except ClientError as error:
+            if error.response["Error"]["Code"] in LOST_THE_RACE:
+                return None
+            raise
+
+    async def list(self, prefix: str) -> AsyncIterator[ObjectSummary]:
+        """Yield every object whose key starts with `prefix`, in key order."""
+        with _aws_errors():
+            pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+            async for page in pages:
+                for item in page.get("Contents", []):
+                    yield ObjectSummary(item["Key"], item["Size"], item["LastModified"], item["ETag"])
+
+    async def delete(self, key: str) -> None:
+        """Remove the object; a key that is free already is no error."""
+        with _aws_errors():
+            await self._s3.delete_object(Bucket=self.bucket, Key=key)
+
+    async def download(self, key: str, path: Path) -> None:
+        """Stream the object into the file `path`, in chunks of 1 MiB. Raises `ObjectMissing`."""
+        with _aws_errors():
+            response = await self._s3.get_object(Bucket=self.bucket, Key=key)
+            async with response["Body"] as stream:
+                with path.open("wb") as file:
+                    while chunk := await stream.read(CHUNK_BYTES):
+                        await asyncio.to_thread(file.write, chunk)
+
+    async def upload(self, path: Path, key: str) -> None:
+        """Stream the file `path` into the object; above 64 MiB in parts, so that memory stays bounded."""
+        if path.stat().st_size <= PART_BYTES:
+            await self.put(key, await asyncio.to_thread(path.read_bytes))
+            return
+        with _aws_errors():
+            where: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
+            where["UploadId"] = (await self._s3.create_multipart_upload(**where))["UploadId"]
+            try:
+                parts = []
+                for number, body in enumerate(_parts(path), start=1):
+                    part = await self._s3.upload_part(**where, PartNumber=number, Body=body)
+                    parts.append({"PartNumber": number, "ETag": part["ETag"]})
+                await self._s3.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+            except BaseException:
+                await self._s3.abort_multipart_upload(**where)
+                raise
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while body := file.read(PART_BYTES):
+            yield body
+
+
+@contextmanager
+def _aws_errors() -> Iterator[None]:
+    """Turn what botocore raises into the errors of this module."""
+    try:
+        yield
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response["Error"]["Code"]
+        if code == "NoSuchBucket":
+            raise Unavailable("S3: the bucket does not exist") from None
+        if status == HTTP_NOT_FOUND:
+            raise ObjectMissing from None
+        if status >= HTTP_SERVER_ERROR or status == HTTP_TOO_MANY or code in TRY_AGAIN:
+            raise Unavailable(f"S3: {code}") from None
+        raise
+    except (BotoCoreError, OSError, TimeoutError) as error:
+        raise Unavailable(f"S3: {type(error).__name__}") from None
