@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench chaos
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml deploy/constraints.txt
 	@deploy/check-system $(PYTHON)
+	@echo "Setting up $(VENV): downloads about 1 GB, which takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint deploy/constraints.txt --editable '.[dev]'
 	@touch $@
@@ -26,3 +27,6 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
+
+chaos: setup
+	$(BIN)/python -m tests.chaos $(ARGS)

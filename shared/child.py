@@ -8,7 +8,8 @@ output for itself and points file descriptor 1 at standard error, so that a libr
 protocol.
 
 A child leads its own process group: killing it takes what it started along. It asks the kernel to be killed when its
-parent dies (PR_SET_PDEATHSIG), so a SIGKILL of the service leaves no orphan computing.
+parent dies (PR_SET_PDEATHSIG), so a SIGKILL of the service leaves no orphan computing. Its end is seen by a pidfd, not
+by the end of its pipes: what it started may have inherited those, and may even have left its group.
 """
 
 import asyncio
@@ -31,6 +32,8 @@ from shared.errors import Unprocessable, place_of
 
 STDERR_TAIL_BYTES = 64 * 1024
 LINE_LIMIT_BYTES = 64 * 1024 * 1024
+PIPE_GRACE_S = 1.0
+"""Seconds to read what is left in a pipe after its writer ended."""
 PR_SET_PDEATHSIG = 1
 
 Json = dict[str, Any]
@@ -74,6 +77,7 @@ class Child:
         self._limits = limits or Limits()
         self._env = dict(env or {})
         self._process: asyncio.subprocess.Process | None = None
+        self._exited = asyncio.Event()
         self._stderr_task: asyncio.Task[None] | None = None
         self._stderr = bytearray()
         self._lock = asyncio.Lock()
@@ -126,12 +130,15 @@ class Child:
             process.stdin.close()
         if not kill:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), grace_s)
+                await asyncio.wait_for(self._exited.wait(), grace_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+        await self._exited.wait()
         if self._stderr_task is not None:
-            await self._stderr_task
+            # All that the child printed is in the pipe, whose end never comes while somebody else holds it open.
+            await asyncio.wait([self._stderr_task], timeout=PIPE_GRACE_S)
+            self._stderr_task.cancel()
+        process._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001 - the only way to let go of the pipes
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
@@ -149,6 +156,7 @@ class Child:
             limit=LINE_LIMIT_BYTES,
             start_new_session=True,
         )
+        self._exited = _exit_of(self._process.pid)
         self._stderr_task = asyncio.create_task(self._drain_stderr(self._process))
         return self._process
 
@@ -158,13 +166,22 @@ class Child:
         with contextlib.suppress(ConnectionError):  # a child that just died is told apart below, by its exit
             process.stdin.write(json.dumps(request).encode() + b"\n")
             await process.stdin.drain()
-        while line := await process.stdout.readline():
-            answer: Json = json.loads(line)
-            if "progress" not in answer:
+        reading = asyncio.create_task(_answer_in(process.stdout, on_progress))
+        exited = asyncio.create_task(self._exited.wait())
+        try:
+            await asyncio.wait([reading, exited], return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():  # it may have answered before it ended
+                await asyncio.wait([reading], timeout=PIPE_GRACE_S)
+            if reading.done() and (answer := reading.result()) is not None:
                 return answer
-            if on_progress is not None:
-                on_progress(answer["progress"])
-        raise _failure_of_exit(await process.wait())
+            await exited
+        finally:
+            reading.cancel()
+            exited.cancel()
+            await asyncio.gather(reading, exited, return_exceptions=True)
+        while process.returncode is None:  # noqa: ASYNC110 - asyncio hears of it a moment after the kernel told us
+            await asyncio.sleep(0.001)
+        raise _failure_of_exit(process.returncode)
 
     async def _drain_stderr(self, process: asyncio.subprocess.Process) -> None:
         if process.stderr is None:
@@ -172,6 +189,38 @@ class Child:
         while chunk := await process.stderr.read(8192):
             self._stderr += chunk
             del self._stderr[:-STDERR_TAIL_BYTES]
+
+
+async def _answer_in(stdout: asyncio.StreamReader, on_progress: Progress | None) -> Json | None:
+    """Read up to the answer, telling progress on the way; None where the pipe ends before it."""
+    try:
+        while line := await stdout.readline():
+            answer: Json = json.loads(line)
+            if "progress" not in answer:
+                return answer
+            if on_progress is not None:
+                on_progress(answer["progress"])
+    except ValueError:  # half a line, of a child that was killed while it wrote, or one above the limit
+        raise ChildFailed("crashed", "protocol") from None
+    return None
+
+
+def _exit_of(pid: int) -> asyncio.Event:
+    """Return an event that is set when the process has ended."""
+    exited, loop = asyncio.Event(), asyncio.get_running_loop()
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        exited.set()
+        return exited
+
+    def ended() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        exited.set()
+
+    loop.add_reader(pidfd, ended)
+    return exited
 
 
 def serve(function: Callable[[Json, Progress], Any]) -> None:
@@ -182,6 +231,9 @@ def serve(function: Callable[[Json, Progress], Any]) -> None:
     """
     limits = json.loads(os.environ.get("RADQUEUE_CHILD", "{}"))
     _die_with_parent()
+    # Some supervisors signal every process of a service at a stop; when the child ends is its parent's to decide.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if limits.get("memory_bytes"):
         resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
     # Libraries warn with the values they stumble over; nothing of that may reach a log.
@@ -204,8 +256,6 @@ def serve(function: Callable[[Json, Progress], Any]) -> None:
         except BaseException as error:  # noqa: BLE001 - whatever it was, the parent must hear of it
             traceback.print_exc()
             write({"error": _error_json(error)})
-            if not isinstance(error, Exception):
-                raise SystemExit(1) from None
 
 
 def _limits_json(limits: Limits) -> Json:

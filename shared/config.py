@@ -1,6 +1,9 @@
 """Settings: read once from the environment, checked, and explained where they are wrong."""
 
+import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +38,10 @@ class ServiceSettings(BaseModel):
     """Seconds until SQS gives a message to another worker after this process died."""
     grace_s: float = Field(default=25, ge=0)
     """Seconds that running handlers get to finish after SIGTERM."""
+    metrics_flush_s: float = Field(default=15, gt=0)
+    """Seconds between two sends of metrics to CloudWatch."""
+    work_dir: Path = Path(tempfile.gettempdir()) / f"radqueue-{os.getuid()}"
+    """Where temporary files lie, patients' images too; what a killed process left goes at the next start."""
     retry_base_s: float = Field(default=2, gt=0)
     """Mean delay of the first retry is half of this; it doubles with each receive, up to 300 s."""
 

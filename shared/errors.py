@@ -1,4 +1,4 @@
-"""The two errors that cross the boundary between a handler and the queue; anything else is a bug."""
+"""What crosses the boundary between a handler and the queue; anything else that is raised is a bug."""
 
 import traceback
 from pathlib import Path
@@ -16,6 +16,10 @@ class Unprocessable(ValueError):  # noqa: N818 - it states a fact about the mess
         super().__init__(f"{reason_code}: {detail}" if detail else reason_code)
         self.reason_code = reason_code
         self.detail = detail
+
+
+class Continue(Exception):  # noqa: N818 - it states a wish
+    """The handler saved its state and wants to go on in a new message: SQS ends a lease after 12 hours."""
 
 
 class Unavailable(RuntimeError):  # noqa: N818 - as above

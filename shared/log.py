@@ -4,12 +4,14 @@ Exception texts and library log messages may hold values of a file or an upload'
 exception is logged by type and place, a library's record by logger and place.
 """
 
+import io
 import logging
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, WrappedLogger
@@ -29,7 +31,7 @@ def setup(service: str, *, stream: TextIO | None = None, level: int = logging.IN
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(out),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Sink(out))),
     )
     structlog.contextvars.bind_contextvars(service=service)
     logging.basicConfig(handlers=[_LibraryHandler(logging.WARNING)], level=logging.WARNING, force=True)
@@ -59,6 +61,22 @@ def _exception_without_text(_: WrappedLogger, __: str, event: EventDict) -> Even
         event["error_type"] = type(error).__name__
         event["traceback"] = places_of(error)
     return event
+
+
+class _Sink(io.TextIOBase):
+    """A stream that may break: a full disk under the log, or a reader that went away, ends no work."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 class _LibraryHandler(logging.Handler):

@@ -7,12 +7,13 @@ same event, and a consumer discards the repeat by its id.
 
 import hashlib
 import json
+import re
 import uuid
-from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal, Self
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import unquote_plus
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import Unprocessable
 
@@ -24,7 +25,18 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 """A dataset, request or MAP name: a part of a key that a person chose."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
 Month = Annotated[str, Field(pattern=r"^[0-9]{4}-(0[1-9]|1[0-2])$")]
+EventId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,127}$")]
+Traceparent = Annotated[str | None, BeforeValidator(lambda given: given if _is_traceparent(given) else None)]
+"""W3C trace context; one that is none is left out, as the standard wants."""
+Time = Annotated[AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9998, 1, 1, tzinfo=UTC))]
+"""A time that can be reckoned with in every time zone."""
 Queue = Literal["ingest", "inference", "training", "reporting"]
+
+
+def _is_traceparent(given: object) -> bool:
+    return (
+        isinstance(given, str) and re.fullmatch(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", given) is not None
+    )
 
 
 class _Frozen(BaseModel):
@@ -52,7 +64,7 @@ class SettlingSeries(_Frozen):
     series_uid: Uid
     bucket: str
     """The time bucket whose marker guards this message."""
-    first_seen: AwareDatetime
+    first_seen: Time
 
 
 class ReadySeries(SeriesRef):
@@ -86,6 +98,14 @@ class InferenceTask(_Frozen):
     inputs: tuple[SeriesRef, ...] = Field(min_length=1)
 
 
+class SkippedInference(SeriesRef):
+    """A revision that no MAP runs on."""
+
+    modality: str | None = None
+    reason_code: str
+    """`no_route`: its attributes meet no MAP's conditions."""
+
+
 class InferenceOutput(_Frozen):
     """One DICOM instance that a MAP made and HealthImaging took."""
 
@@ -102,6 +122,8 @@ class CompletedInference(InferenceTask):
     outcome: Literal["completed", "no_matching_series"]
     result_key: str
     outputs: tuple[InferenceOutput, ...] = ()
+    """The first of them: a message holds 1 MiB. All are in the object under `result_key`."""
+    n_outputs: int = 0
     duration_s: float
     """Wall seconds that the MAP ran."""
     device: str = "cpu"
@@ -138,7 +160,7 @@ class Evaluation(_Frozen):
     """Images on each side."""
     distance: float
     floor: float
-    """The distance between two halves of the real images, of the same n."""
+    """The distance between two disjoint sets of real images, of the same n."""
     relative_fd: float
     """distance / floor"""
 
@@ -197,13 +219,13 @@ class Event(_Frozen):
     """Where the event is sent."""
 
     specversion: Literal["1.0"] = "1.0"
-    id: str = Field(min_length=1)
+    id: EventId
     source: str = Field(min_length=1)
     type: str
-    time: AwareDatetime
+    time: Time
     subject: str | None = None
     datacontenttype: Literal["application/json"] = "application/json"
-    traceparent: str | None = None
+    traceparent: Traceparent = None
     data: Any
 
     @classmethod
@@ -253,6 +275,15 @@ class InferenceRequested(Event):
     queues = ("inference",)
     type: Literal["radqueue.inference.requested.v1"] = "radqueue.inference.requested.v1"
     data: InferenceTask
+
+
+class InferenceSkipped(Event):
+    """No MAP takes a revision."""
+
+    producer = "radqueue/inference"
+    queues = ("reporting",)
+    type: Literal["radqueue.inference.skipped.v1"] = "radqueue.inference.skipped.v1"
+    data: SkippedInference
 
 
 class InferenceCompleted(Event):
@@ -323,6 +354,7 @@ AnyEvent = Annotated[
     | SeriesReady
     | UploadRejected
     | InferenceRequested
+    | InferenceSkipped
     | InferenceCompleted
     | InferenceFailed
     | TrainingRequested
@@ -333,19 +365,7 @@ AnyEvent = Annotated[
     Field(discriminator="type"),
 ]
 _EVENT: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
-EVENT_TYPES: tuple[type[Event], ...] = (
-    SeriesSettling,
-    SeriesReady,
-    UploadRejected,
-    InferenceRequested,
-    InferenceCompleted,
-    InferenceFailed,
-    TrainingRequested,
-    TrainingRoundCompleted,
-    TrainingCompleted,
-    TrainingFailed,
-    ReportRequested,
-)
+EVENT_TYPES: tuple[type[Event], ...] = get_args(get_args(AnyEvent)[0])
 
 
 # What S3 tells.
@@ -356,7 +376,7 @@ class CreatedObject(_Frozen):
 
     bucket: str
     key: str
-    time: AwareDatetime
+    time: Time
 
 
 class ObjectsCreated(_Frozen):
@@ -378,9 +398,9 @@ def decode(body: str) -> Message:
     """
     try:
         document = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Unprocessable("not_json") from None
-    if not isinstance(document, dict):
+    if not isinstance(document, dict) or ("\\u" in body and not _is_unicode(document)):
         raise Unprocessable("unknown_message")
     if document.get("Type") == "Notification" and isinstance(document.get("Message"), str):
         return decode(document["Message"])
@@ -391,15 +411,25 @@ def decode(body: str) -> Message:
             return _decode_s3(document)
     except ValidationError as error:
         raise _invalid(error) from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Unprocessable("invalid_message", f"S3 notification without {error}"[:80]) from None
+    except (KeyError, TypeError, AttributeError):
+        raise Unprocessable("invalid_message", "S3 notification") from None
     raise Unprocessable("unknown_message")
+
+
+def _is_unicode(document: dict[str, Any]) -> bool:
+    """Tell whether every text can be written again: JSON may escape half of a character (a lone surrogate)."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _invalid(error: ValidationError) -> Unprocessable:
     if any(detail["type"].startswith("union_tag") for detail in error.errors()):
         return Unprocessable("unknown_type")
-    places = sorted({".".join(str(part) for part in detail["loc"][1:]) for detail in error.errors()})
+    # No deeper than the fields of `data`: below them are names that the sender chose.
+    places = sorted({".".join(str(part) for part in detail["loc"][1:3]) for detail in error.errors()})
     return Unprocessable("invalid_message", ", ".join(places))
 
 
@@ -422,9 +452,3 @@ def _decode_s3(document: dict[str, Any]) -> ObjectsCreated:
 def sha256_of(text: str) -> str:
     """Return the hash that stands for a key or a body wherever people read it."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def stored_event(event: Event) -> dict[str, Any]:
-    """Return the event as the JSON document that the event log keeps."""
-    document: dict[str, Any] = json.loads(event.body())
-    return document

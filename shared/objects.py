@@ -4,6 +4,8 @@ IAM: s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket on the bucket. C
 """
 
 import asyncio
+import errno
+import hashlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 from botocore.exceptions import BotoCoreError, ClientError
 
 from shared.errors import Unavailable
@@ -22,17 +25,14 @@ CHUNK_BYTES = 1024 * 1024
 PART_BYTES = 64 * 1024 * 1024
 """Objects above this size are uploaded in parts of this size (S3 allows 10,000 parts of 5 MiB to 5 GiB)."""
 HTTP_NOT_FOUND = 404
-HTTP_TOO_MANY = 429
-HTTP_SERVER_ERROR = 500
-LOST_THE_RACE = {"PreconditionFailed", "412"}
-TRY_AGAIN = {
-    "ConditionalRequestConflict",  # two conditional writes met; S3 says to repeat ours
-    "RequestLimitExceeded",
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
+CONTENT_TYPES = {
+    ".dcm": "application/dicom",
+    ".html": "text/html; charset=utf-8",
+    ".json": "application/json",
+    ".jsonl": "application/x-ndjson",
+    ".png": "image/png",
 }
+LOST_THE_RACE = "PreconditionFailed"
 
 
 class ObjectMissing(KeyError):  # noqa: N818 - it states a fact about a key
@@ -90,7 +90,7 @@ class ObjectStore:
     async def put(self, key: str, body: bytes) -> str:
         """Store `body`, replacing what was there; returns the ETag."""
         with _aws_errors():
-            return (await self._s3.put_object(Bucket=self.bucket, Key=key, Body=body))["ETag"]
+            return await self._put(key, body)
 
     async def put_if_absent(self, key: str, body: bytes) -> bool:
         """Store `body` only if the key is free (`If-None-Match: *`); tells whether it was."""
@@ -103,13 +103,18 @@ class ObjectStore:
     async def _put_if(self, key: str, body: bytes, condition: dict[str, Any]) -> str | None:
         try:
             with _aws_errors():
-                return (await self._s3.put_object(Bucket=self.bucket, Key=key, Body=body, **condition))["ETag"]
+                return await self._put(key, body, **condition)
         except ObjectMissing:  # If-Match on a key that is gone
             return None
         except ClientError as error:
-            if error.response["Error"]["Code"] in LOST_THE_RACE:
+            if error.response["Error"]["Code"] == LOST_THE_RACE:
                 return None
             raise
+
+    async def _put(self, key: str, body: bytes, **condition: Any) -> str:
+        kind = CONTENT_TYPES.get(Path(key).suffix, "application/octet-stream")
+        stored = await self._s3.put_object(Bucket=self.bucket, Key=key, Body=body, ContentType=kind, **condition)
+        return stored["ETag"]
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectSummary]:
         """Yield every object whose key starts with `prefix`, in key order."""
@@ -133,6 +138,16 @@ class ObjectStore:
                     while chunk := await stream.read(CHUNK_BYTES):
                         await asyncio.to_thread(file.write, chunk)
 
+    async def sha256(self, key: str) -> str:
+        """Return the hash of the whole object in hex, read in chunks of 1 MiB. Raises `ObjectMissing`."""
+        digest = hashlib.sha256()
+        with _aws_errors():
+            response = await self._s3.get_object(Bucket=self.bucket, Key=key)
+            async with response["Body"] as stream:
+                while chunk := await stream.read(CHUNK_BYTES):
+                    await asyncio.to_thread(digest.update, chunk)
+        return digest.hexdigest()
+
     async def upload(self, path: Path, key: str) -> None:
         """Stream the file `path` into the object; above 64 MiB in parts, so that memory stays bounded."""
         if path.stat().st_size <= PART_BYTES:
@@ -142,8 +157,11 @@ class ObjectStore:
             where: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
             where["UploadId"] = (await self._s3.create_multipart_upload(**where))["UploadId"]
             try:
-                parts = []
-                for number, body in enumerate(_parts(path), start=1):
+                parts: Any = []
+                bodies = _parts(path)
+                number = 0
+                while body := await asyncio.to_thread(next, bodies, b""):
+                    number += 1
                     part = await self._s3.upload_part(**where, PartNumber=number, Body=body)
                     parts.append({"PartNumber": number, "ETag": part["ETag"]})
                 await self._s3.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
@@ -166,12 +184,13 @@ def _aws_errors() -> Iterator[None]:
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         code = error.response["Error"]["Code"]
-        if code == "NoSuchBucket":
-            raise Unavailable("S3: the bucket does not exist") from None
-        if status == HTTP_NOT_FOUND:
+        if code == LOST_THE_RACE:
+            raise
+        if status == HTTP_NOT_FOUND and code != "NoSuchBucket":
             raise ObjectMissing from None
-        if status >= HTTP_SERVER_ERROR or status == HTTP_TOO_MANY or code in TRY_AGAIN:
-            raise Unavailable(f"S3: {code}") from None
-        raise
-    except (BotoCoreError, OSError, TimeoutError) as error:
+        # Expired credentials, a policy or a throttle: the work is good, and can be done when they are mended.
+        raise Unavailable(f"S3: {code}") from None
+    except (BotoCoreError, aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         raise Unavailable(f"S3: {type(error).__name__}") from None
+    except OSError as error:
+        raise Unavailable(f"this machine: {errno.errorcode.get(error.errno or 0, 'unknown')}") from None

@@ -4,7 +4,9 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -12,48 +14,95 @@ from botocore.exceptions import BotoCoreError, ClientError
 from shared import log
 from shared.aws import Aws, connect
 from shared.config import Misconfigured, ServiceSettings, load
-from shared.errors import Unavailable
+from shared.metrics import Metrics
+from shared.workfolder import own_folder, temporary_files_in
 
 EXIT_MISCONFIGURED = 2
+HTTP_SERVER_ERROR = 500
+START_PATIENCE_S = 30
+START_PAUSE_S = 1
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
-Serve = Callable[[Settings, Aws, asyncio.Event], Awaitable[None]]
+Serve = Callable[[Settings, Aws, Metrics, asyncio.Event], Awaitable[None]]
+LAST_FLUSH_S = 5
+"""Seconds that the last metrics get; a stop must not wait for a CloudWatch that does not answer."""
 
 
 def run(name: str, settings_class: type[Settings], serve: Serve[Settings]) -> None:
     """Read the settings, open the clients and run `serve` until SIGTERM or SIGINT sets its event.
 
-    Exits with 2, and says on standard error what is missing, where the settings or what they name cannot be used.
+    Exits with 2, and says on standard error what is missing, where the settings or what they name cannot be used; with
+    1 after a bug, which is logged by type and place.
     """
     log.setup(name)
     try:
         settings = load(settings_class, os.environ)
-        asyncio.run(_run(name, settings, serve))
+        with _work_folder(settings.work_dir):
+            asyncio.run(_run(settings, serve))
     except Misconfigured as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"radqueue {name}: {line}\n")
         sys.exit(EXIT_MISCONFIGURED)
+    except Exception as error:  # noqa: BLE001 - its text, which Python would print, may quote anything
+        log.get_logger().critical("service.crashed", exc_info=error)
+        sys.exit(1)
 
 
-async def _run(name: str, settings: Settings, serve: Serve[Settings]) -> None:
+@contextmanager
+def _work_folder(work_dir: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            own = stack.enter_context(own_folder(work_dir))
+        except OSError as error:
+            raise Misconfigured(f"RADQUEUE_WORK_DIR: {work_dir} cannot be used ({type(error).__name__}).") from None
+        stack.enter_context(temporary_files_in(own))
+        yield
+
+
+async def _run(settings: Settings, serve: Serve[Settings]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     logger = log.get_logger()
     async with connect(os.environ) as aws:
-        await _bucket_answers(aws, settings.bucket)
+        await _bucket_answers(aws, settings.bucket, stop)
         logger.info("service.started", **settings.model_dump(mode="json"))
-        await serve(settings, aws, stop)
-    logger.info("service.stopped", name=name)
+        metrics = Metrics(aws.cloudwatch)
+        flushing = asyncio.create_task(metrics.keep_flushing(settings.metrics_flush_s, asyncio.Event()))
+        try:
+            await serve(settings, aws, metrics, stop)
+        finally:
+            flushing.cancel()
+            await asyncio.gather(flushing, return_exceptions=True)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_FLUSH_S):
+                    await metrics.flush()
+    logger.info("service.stopped")
 
 
-async def _bucket_answers(aws: Aws, bucket: str) -> None:
+async def _bucket_answers(aws: Aws, bucket: str, stop: asyncio.Event) -> None:
+    """Wait until the bucket answers: a service may be started before what it needs.
+
+    Raises:
+        Misconfigured: there is no such bucket, it is not ours, or nothing answers for START_PATIENCE_S.
+    """
     where = aws.endpoint_url or f"AWS in {aws.region}"
+    last = ""
     try:
-        await aws.s3.head_bucket(Bucket=bucket)
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        raise Misconfigured(f"RADQUEUE_BUCKET: S3 at {where} answers {code} for this bucket.") from None
-    except (BotoCoreError, Unavailable) as error:
-        raise Misconfigured(f"AWS_ENDPOINT_URL: {where} does not answer ({type(error).__name__}).") from None
+        async with asyncio.timeout(START_PATIENCE_S):
+            while not stop.is_set():
+                try:
+                    await aws.s3.head_bucket(Bucket=bucket)
+                except ClientError as error:
+                    last = error.response["Error"]["Code"]
+                    if error.response["ResponseMetadata"]["HTTPStatusCode"] < HTTP_SERVER_ERROR:
+                        raise Misconfigured(f"RADQUEUE_BUCKET: S3 at {where} answers {last} for this bucket.") from None
+                except BotoCoreError as error:
+                    last = type(error).__name__
+                else:
+                    return
+                log.get_logger().warning("service.waiting", error=last)
+                await asyncio.sleep(START_PAUSE_S)
+    except TimeoutError:
+        raise Misconfigured(f"AWS_ENDPOINT_URL: {where} does not answer ({last or 'no connection'}).") from None

@@ -1,0 +1,309 @@
+"""Consumes one queue: slots, polls, handlers and the drain at the end."""
+
+import asyncio
+import logging
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from shared import metrics as declared
+from shared.config import ServiceSettings
+from shared.errors import Unprocessable
+from shared.log import get_logger
+from shared.messages import Event, Message, decode
+from shared.metrics import Metrics
+from shared.queue.circuit import Circuit
+from shared.queue.deletes import Deleter
+from shared.queue.fates import Fate, dead_letter_attributes, fate_of, is_bug, reason_of, retry_delay_s
+from shared.queue.leases import LeaseKeeper
+from shared.queue.sqs import AWS_ERRORS, BATCH, Received, SqsQueue, code_of, open_queue
+from shared.queue.trace import handling
+
+if TYPE_CHECKING:
+    from types_aiobotocore_sqs import SQSClient
+
+LONGEST_BACKOFF_S = 30.0
+SETTLE_GRACE_S = 5.0
+"""Seconds that sending on, dead-lettering or releasing a message may take at a stop."""
+POLL_MARGIN_S = 5.0
+"""Seconds after its wait at which a poll that did not answer counts as abandoned."""
+LEVELS = {
+    Fate.DELETE: logging.INFO,
+    Fate.CONTINUE: logging.INFO,
+    Fate.RELEASE: logging.INFO,
+    Fate.RETRY: logging.WARNING,
+    Fate.DEAD_LETTER: logging.ERROR,
+}
+
+Handler = Callable[[Any], Awaitable[None]]
+log = get_logger()
+_handled: ContextVar[Received | None] = ContextVar("handled", default=None)
+
+
+async def consume(
+    handlers: Mapping[type[Message], Handler],
+    sqs: "SQSClient",
+    queue: str,
+    *,
+    settings: ServiceSettings,
+    stop: asyncio.Event,
+    metrics: Metrics | None = None,
+) -> None:
+    """Handle the messages of `queue` until `stop` is set, then drain and return.
+
+    `handlers` maps a message's class to the async function that handles it; a class that is not there is dead-lettered.
+
+    Raises:
+        Misconfigured: the queue or its dead-letter queue does not exist.
+    """
+    consumer = _Consumer(handlers, await open_queue(sqs, queue), settings, stop, metrics)
+    log.info("queue.consuming", queue=queue)
+    await consumer.run()
+
+
+def remaining_s() -> float:
+    """Return how long the message being handled can still be held: SQS ends that 12 hours after it was received.
+
+    A handler that needs longer saves its state and raises `Continue`.
+    """
+    message = _handled.get()
+    return math.inf if message is None else message.ends_at - asyncio.get_running_loop().time()
+
+
+def receive_count() -> int:
+    """Return how often the message being handled was received, this time included."""
+    message = _handled.get()
+    return 1 if message is None else message.receive_count
+
+
+@dataclass(slots=True)
+class _Consumer:
+    handlers: Mapping[type[Message], Handler]
+    queue: SqsQueue
+    settings: ServiceSettings
+    stop: asyncio.Event
+    metrics: Metrics | None
+    circuit: Circuit = field(default_factory=Circuit)
+    running: "dict[Received, asyncio.Task[None]]" = field(default_factory=dict)
+    slot_freed: asyncio.Event = field(default_factory=asyncio.Event)
+    poll: "asyncio.Task[list[Received]] | None" = None
+    poll_ends: float = 0.0
+    keeper: LeaseKeeper = field(init=False)
+    deleter: Deleter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keeper = LeaseKeeper(
+            self.queue,
+            self.settings.visibility_s,
+            extended=lambda count: self._count(declared.LEASE_EXTENSIONS, count),
+            lost=lambda: self._count(declared.LEASE_LOSSES),
+        )
+        self.deleter = Deleter(self.queue, self.keeper)
+
+    async def run(self) -> None:
+        background = [asyncio.create_task(one.run()) for one in (self.keeper, self.deleter)]
+        receiving = asyncio.create_task(self._receive())
+        try:
+            # The background tasks never end by themselves: one that does has a bug, and nothing may go on without it.
+            await asyncio.wait([receiving, *background], return_when=asyncio.FIRST_COMPLETED)
+            for task in (*background, receiving):
+                if task.done():
+                    task.result()
+            await self._drain()
+        finally:
+            polling = [] if self.poll is None else [self.poll]
+            await _cancel(receiving, *polling, *self.running.values(), *background)
+
+    # Receive.
+
+    async def _receive(self) -> None:
+        failures = 0
+        while not self.stop.is_set():
+            wanted = await self._slots()
+            if wanted == 0:
+                continue
+            # A lease is reckoned from before the poll; one that comes late in a long poll must have time left.
+            wait_s = min(self.settings.poll_s, self.settings.visibility_s // 2)
+            self.poll_ends = asyncio.get_running_loop().time() + wait_s
+            self.poll = asyncio.create_task(
+                self.queue.receive(wanted, wait_s=wait_s, visibility_s=self.settings.visibility_s)
+            )
+            await _first(self.poll, self.stop.wait())
+            if self.stop.is_set():
+                return
+            try:
+                messages = self.poll.result()
+                self.poll = None
+            except AWS_ERRORS as error:
+                failures += 1
+                delay_s = random.uniform(0, min(LONGEST_BACKOFF_S, 2.0 ** min(failures, 10)))  # noqa: S311 - jitter
+                log.warning("queue.poll_failed", error=code_of(error), failures=failures, delay_s=round(delay_s, 1))
+                await _first(asyncio.sleep(delay_s), self.stop.wait())
+                continue
+            failures = 0
+            for message in messages:
+                self._begin(message)
+
+    async def _slots(self) -> int:
+        """Wait for a free slot; return how many messages to poll for, which is none if the wait ended otherwise."""
+        free = self.settings.slots - len(self.running)
+        if free <= 0:
+            self.slot_freed.clear()
+            await _first(self.slot_freed.wait(), self.stop.wait())
+            return 0
+        if self.circuit.is_open:
+            if self.running:  # one message at a time shows whether it works again
+                self.slot_freed.clear()
+                await _first(self.slot_freed.wait(), self.stop.wait())
+                return 0
+            await _first(asyncio.sleep(self.circuit.pause_s), self.stop.wait())
+            return 0 if self.stop.is_set() else 1
+        return min(free, BATCH)
+
+    # Handle.
+
+    def _begin(self, message: Received) -> None:
+        self._count(declared.MESSAGES_RECEIVED)
+        if message.receive_count == 1:
+            self._measure(declared.MESSAGE_AGE, max(0.0, message.waited_s))
+        self.keeper.hold(message)
+        message.handler = self.running[message] = asyncio.create_task(self._handle(message))
+        self._measure(declared.IN_FLIGHT, len(self.running))
+
+    async def _handle(self, message: Received) -> None:
+        structlog.contextvars.bind_contextvars(message_id=message.message_id, receive_count=message.receive_count)
+        _handled.set(message)
+        started = time.monotonic()
+        error: BaseException | None = None
+        try:
+            await self._dispatch(message)
+        except BaseException as caught:  # noqa: BLE001 - the table decides, on cancellation too
+            error = caught
+        message.handler = None  # a lease that is lost from here on has nobody to tell
+        fate = fate_of(error, message.receive_count)
+        try:
+            self._tell(message, fate, error, time.monotonic() - started)
+            await self._settle(message, fate, error)
+        except AWS_ERRORS as failed:
+            # The message is left alone and comes again after its visibility timeout: nothing is lost.
+            self.keeper.drop(message)
+            log.warning("message.not_settled", error=code_of(failed))
+        finally:
+            del self.running[message]
+            self.slot_freed.set()
+
+    def _tell(self, message: Received, fate: Fate, error: BaseException | None, seconds: float) -> None:
+        became = "lost" if message.lost else fate.value
+        self._measure(declared.HANDLER_SECONDS, round(seconds, 3))
+        self._count(declared.MESSAGE_FATES, Fate=became)
+        log.log(
+            LEVELS[fate],
+            "message.handled",
+            fate=became,
+            seconds=round(seconds, 3),
+            reason=message.lost or reason_of(error),
+            exc_info=error if is_bug(error) else None,
+        )
+        if fate is not Fate.RELEASE and self.circuit.note(None if fate is Fate.CONTINUE else reason_of(error)):
+            self._count(declared.CIRCUIT_OPENED)
+            log.error("circuit.opened", reason=reason_of(error), pause_s=self.circuit.pause_s)
+
+    async def _dispatch(self, message: Received) -> None:
+        decoded = decode(message.body)
+        with handling(f"{self.queue.name} process", decoded.traceparent):
+            if isinstance(decoded, Event):
+                structlog.contextvars.bind_contextvars(event_id=decoded.id, event_type=decoded.type)
+            handler = self.handlers.get(type(decoded))
+            if handler is None:
+                raise Unprocessable("wrong_queue")
+            await handler(decoded)
+
+    async def _settle(self, message: Received, fate: Fate, error: BaseException | None) -> None:
+        if message.lost is not None:
+            return
+        if fate is Fate.RETRY:
+            await self.keeper.release([message], retry_delay_s(message.receive_count, self.settings.retry_base_s))
+            return
+        if fate is Fate.RELEASE:
+            await self._release(message)
+            return
+        if fate is Fate.DEAD_LETTER:
+            attributes = dead_letter_attributes(error, message.receive_count)
+            await self.queue.dead_letter(message, attributes)
+            self._count(declared.DEAD_LETTERS, Reason=attributes["reason_code"])
+        elif fate is Fate.CONTINUE:
+            await self.queue.send_again(message)
+        self.deleter.delete(message)
+
+    # Drain.
+
+    async def _drain(self) -> None:
+        """End in order: the last poll and the handlers together, then the deletes."""
+        log.info("queue.draining", in_flight=len(self.running), grace_s=self.settings.grace_s)
+        await asyncio.gather(self._return_last_poll(), self._end_handlers())
+        try:
+            async with asyncio.timeout(max(1.0, self.settings.grace_s)):
+                await self.deleter.all_deleted()
+        except TimeoutError:
+            log.warning("queue.deletes_given_up")
+
+    async def _return_last_poll(self) -> None:
+        if self.poll is None:
+            return
+        left_s = self.poll_ends - asyncio.get_running_loop().time() + POLL_MARGIN_S
+        try:
+            messages = await asyncio.wait_for(self.poll, max(0.0, left_s))
+            await self.keeper.release(messages, 0)
+        except AWS_ERRORS as error:
+            log.warning("queue.last_poll_failed", error=code_of(error))
+            return
+        self._count(declared.RELEASED_AT_DRAIN, len(messages))
+
+    async def _end_handlers(self) -> None:
+        if self.running:
+            await asyncio.wait(self.running.values(), timeout=self.settings.grace_s)
+            late = [message.handler for message in self.running if message.handler is not None]
+            await _cancel(*late)
+        if self.running:  # their handlers have ended, and what follows from that is under way
+            await asyncio.wait(self.running.values(), timeout=SETTLE_GRACE_S)
+
+    async def _release(self, message: Received) -> None:
+        """Make a cancelled message visible: at once, unless a poll that may not be heard any more could take it."""
+        left_s = 0.0 if self.poll is None else self.poll_ends - asyncio.get_running_loop().time()
+        await self.keeper.release([message], math.ceil(left_s) + 1 if left_s > 0 else 0)
+        self._count(declared.RELEASED_AT_DRAIN)
+
+    # Count.
+
+    def _count(self, metric: declared.Metric, count: int = 1, **dimensions: str) -> None:
+        if count:
+            self._measure(metric, count, **dimensions)
+
+    def _measure(self, metric: declared.Metric, value: float, **dimensions: str) -> None:
+        if self.metrics is not None:
+            dimensions["Queue"] = self.queue.name
+            self.metrics.put(metric, value, at=None, **dimensions)
+
+
+async def _first(*awaitables: "Coroutine[Any, Any, Any] | asyncio.Task[Any]") -> None:
+    """Wait until one of them is done; what was not a task of its own is cancelled."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    own = [task for task, given in zip(tasks, awaitables, strict=True) if task is not given]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in own:
+            task.cancel()
+
+
+async def _cancel(*tasks: "asyncio.Task[Any]") -> None:
+    """Cancel and wait; what they raise is theirs."""
+    for task in tasks:
+        task.cancel("drain")
+    await asyncio.gather(*tasks, return_exceptions=True)

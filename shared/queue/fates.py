@@ -1,0 +1,75 @@
+"""What becomes of a message, by how its handler ended: one table."""
+
+import asyncio
+import random
+from enum import Enum
+
+from shared.errors import Continue, Unavailable, Unprocessable, place_of
+
+BUG_RECEIVES = 3
+"""A message whose handler raises a bug goes to the dead-letter queue at this receive."""
+LONGEST_RETRY_S = 300.0
+
+
+class Fate(Enum):
+    """What becomes of a message."""
+
+    DELETE = "delete"
+    DEAD_LETTER = "dead_letter"
+    """Sent to the dead-letter queue with the reason, then deleted."""
+    RETRY = "retry"
+    """Made visible again after a delay."""
+    RELEASE = "release"
+    """Made visible at once."""
+    CONTINUE = "continue"
+    """Sent again as a new message, whose 12 hours begin anew, then deleted."""
+
+
+FATES: tuple[tuple[type, Fate], ...] = (
+    (type(None), Fate.DELETE),
+    (Continue, Fate.CONTINUE),
+    (Unprocessable, Fate.DEAD_LETTER),
+    (Unavailable, Fate.RETRY),
+    (asyncio.CancelledError, Fate.RELEASE),
+)
+"""Anything else is a bug: retried, and dead-lettered at its third receive."""
+
+
+def fate_of(error: BaseException | None, receive_count: int) -> Fate:
+    """Decide a message's fate from how its handler ended and how often the message was received."""
+    for kind, fate in FATES:
+        if isinstance(error, kind):
+            return fate
+    return Fate.DEAD_LETTER if receive_count >= BUG_RECEIVES else Fate.RETRY
+
+
+def is_bug(error: BaseException | None) -> bool:
+    """Tell whether the table does not know it."""
+    return not isinstance(error, tuple(kind for kind, _ in FATES))
+
+
+def retry_delay_s(receive_count: int, base_s: float) -> int:
+    """Return a random delay below an exponential ceiling.
+
+    Full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+    exponent = min(receive_count - 1, 30)  # 2.0 ** 1024 is no float
+    return round(random.uniform(0, min(LONGEST_RETRY_S, base_s * 2.0**exponent)))  # noqa: S311 - jitter
+
+
+def reason_of(error: BaseException | None) -> str | None:
+    """Return the short reason of an ending that was no success: a reason code, or the type of the exception."""
+    if isinstance(error, Unprocessable):
+        return error.reason_code
+    return type(error).__name__ if error is not None else None
+
+
+def dead_letter_attributes(error: BaseException | None, receive_count: int) -> dict[str, str]:
+    """Return what the dead-letter queue is told beside the body: reason and place, never a text."""
+    attributes = {"reason_code": "bug", "receive_count": str(receive_count)}
+    if isinstance(error, Unprocessable):
+        attributes["reason_code"] = error.reason_code
+        attributes |= {"detail": error.detail} if error.detail else {}
+    elif error is not None:
+        attributes |= {"error_type": type(error).__name__, "where": place_of(error)}
+    return attributes
