@@ -1,0 +1,1 @@
+"""AWS on one machine: moto's services and radqueue's own HealthImaging behind one endpoint."""
