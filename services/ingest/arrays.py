@@ -1,0 +1,122 @@
+"""The training array of a series: `(N, H, W) float32` in [-1, 1], slices in order along the normal.
+
+Modality values (HU in CT), polarity as MONOCHROME2, one window for the whole series, resized with antialiasing at their
+physical aspect, centred on -1. One window for a dataset keeps slices comparable: a window per slice would not.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom import Dataset
+from pydicom.pixels.processing import apply_modality_lut
+from pydicom.pixels.utils import pixel_array
+
+from services.ingest.reading import text_of
+
+Slices = NDArray[np.float32]
+METHOD = 1
+"""Raised when arrays come out differently, so that their keys do."""
+PERCENTILE_SAMPLES = 4_000_000
+"""Values that percentiles are taken from, spread evenly over the series: memory stays bounded."""
+NO_PICTURE = {"SEG", "RTDOSE", "RTSTRUCT", "PR", "SR", "KO", "DOC", "REG", "FID"}
+"""Modalities whose pixels, if any, are no picture."""
+CONFIG_HASH_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayConfig:
+    """How an array is made."""
+
+    size: int
+    """H and W."""
+    window: tuple[float, float] | None
+    """Modality values that become -1 and 1; None: the percentiles of the series."""
+    percentiles: tuple[float, float]
+
+    def described(self) -> dict[str, object]:
+        """Return the configuration as the sidecar tells it."""
+        told = asdict(self) | {"method": METHOD}
+        if self.window is not None:
+            del told["percentiles"]
+        return told
+
+    def hash(self) -> str:
+        """Return the part of the key that tells arrays of one revision apart."""
+        told = json.dumps(self.described(), sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:CONFIG_HASH_LENGTH]
+
+
+def is_picture(dataset: Dataset) -> bool:
+    """Tell whether an instance has pixels that a generative model could learn from, colour included."""
+    return "PixelData" in dataset and text_of(dataset, "Modality") not in NO_PICTURE
+
+
+def is_grey(dataset: Dataset) -> bool:
+    """Tell whether the pixels are one grey value each."""
+    return text_of(dataset, "PhotometricInterpretation") in {"MONOCHROME1", "MONOCHROME2"}
+
+
+def modality_values(dataset: Dataset) -> Iterator[Slices]:
+    """Yield each frame `(rows, columns) float32` in modality units (HU in CT), PS3.3 C.11.1.
+
+    The rescale may stand in the instance, as a lookup table, or, in enhanced objects, in the functional groups of all
+    frames or of each.
+    """
+    stored = pixel_array(dataset)
+    frames = stored if int(dataset.get("NumberOfFrames") or 1) > 1 else stored[np.newaxis]
+    for index, frame in enumerate(frames):
+        transformation = functional_group(dataset, index, "PixelValueTransformationSequence")
+        source = transformation if transformation is not None else dataset
+        yield np.asarray(apply_modality_lut(frame, source), np.float32)
+
+
+def functional_group(dataset: Dataset, frame: int, keyword: str) -> Dataset | None:
+    """Return an item of the functional groups of one frame, or of all frames; None where there is none."""
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    shared = dataset.get("SharedFunctionalGroupsSequence") or []
+    for groups in [*per_frame[frame : frame + 1], *shared[:1]]:
+        if groups.get(keyword):
+            item: Dataset = groups[keyword][0]
+            return item
+    return None
+
+
+def window_of(frames: Callable[[], Iterator[Slices]], n_pixels: int, config: ArrayConfig) -> tuple[float, float]:
+    """Return the modality values that become -1 and 1; `frames` is called once, if percentiles are asked for."""
+    if config.window is not None:
+        return config.window
+    step = max(1, n_pixels // PERCENTILE_SAMPLES)
+    values = np.concatenate([np.ravel(frame)[::step] for frame in frames()])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.0, 1.0
+    low, high = np.percentile(values, config.percentiles)
+    return float(low), float(high) if high > low else float(low) + 1.0
+
+
+def shrink(
+    frame: Slices, window: tuple[float, float], size: int, pixel_spacing: Sequence[float] | None, *, inverted: bool
+) -> Slices:
+    """Map one frame to [-1, 1] and resize it to `(size, size)`, its longer side fitting, centred on -1.
+
+    `pixel_spacing` is mm between rows, mm between columns; `inverted` says that low values are bright (MONOCHROME1).
+    """
+    low, high = window
+    unit = np.clip((np.nan_to_num(frame, nan=low) - low) * (2 / (high - low)) - 1, -1, 1).astype(np.float32)
+    if inverted:
+        unit = -unit
+    row_mm, column_mm = pixel_spacing or (1.0, 1.0)
+    height, width = frame.shape[0] * row_mm, frame.shape[1] * column_mm
+    scale = size / max(height, width)
+    fitted = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # Pillow widens its kernel by the scale when it shrinks, so nothing aliases.
+    resized = np.asarray(Image.fromarray(unit).resize(fitted, Image.Resampling.BICUBIC))
+    canvas = np.full((size, size), -1, np.float32)
+    top, left = (size - fitted[1]) // 2, (size - fitted[0]) // 2
+    canvas[top : top + fitted[1], left : left + fitted[0]] = np.clip(resized, -1, 1)
+    return canvas

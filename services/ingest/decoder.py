@@ -1,0 +1,117 @@
+"""The parent's side of the children that read files: what a child does not survive is a reason to refuse a file."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from services.ingest.answers import Instance, Member
+from services.ingest.settings import IngestSettings
+from shared.child import Child, ChildFailed, Json, Limits
+from shared.errors import Unavailable, Unprocessable
+
+REASON_OF_FAILURE = {
+    "deadline": "deadline",
+    "cpu_limit": "deadline",
+    "out_of_memory": "too_large",
+    "crashed": "decoder_crashed",
+    "raised": "unreadable",
+}
+"""Code of `ChildFailed` to code of `reasons.REASONS`."""
+
+
+class Rejected(Exception):  # noqa: N818 - it states what became of a file
+    """A file is refused, with a code of `reasons.REASONS`."""
+
+    def __init__(self, reason_code: str, place: str = "") -> None:
+        """State the reason, and the place: an element's keyword, a member's number."""
+        super().__init__(reason_code)
+        self.reason_code = reason_code
+        self.place = place
+
+
+class Decoder:
+    """Children that take turns: some read files, as many read series, which takes longer and has limits of its own.
+
+    A child starts at its first call, and one that died at its next turn.
+    """
+
+    def __init__(self, settings: IngestSettings) -> None:
+        """Remember how many, and their limits."""
+        self._settings = settings
+        self._files = _Children(settings, settings.decode_cpu_s)
+        self._series = _Children(settings, settings.series_cpu_s)
+
+    async def stop(self) -> None:
+        """End the children."""
+        await asyncio.gather(self._files.stop(), self._series.stop())
+
+    async def unpack(self, archive: Path, folder: Path) -> list[Member] | None:
+        """Unpack a zip into `folder`; None where `archive` is none. Raises `Rejected`."""
+        settings = self._settings
+        caps = {
+            "entries": settings.max_zip_entries,
+            "unpacked_bytes": settings.max_zip_bytes,
+            "ratio": settings.max_zip_ratio,
+        }
+        request = {"op": "unpack", "path": str(archive), "folder": str(folder), "caps": caps}
+        members = (await self._file_call(request))["members"]
+        if members is None:
+            return None
+        return [Member(**member) for member in members]
+
+    async def normalise(self, path: Path, out: Path) -> Instance:
+        """Read the DICOM file `path`, and write the normalised instance to `out`. Raises `Rejected`."""
+        settings = self._settings
+        caps = {
+            "inflated": settings.max_inflated_bytes,
+            "pixels": settings.max_pixel_bytes,
+            "frames": settings.max_frames,
+        }
+        request = {"op": "normalise", "path": str(path), "out": str(out), "caps": caps}
+        return Instance(**await self._file_call(request))
+
+    async def series_call(self, request: Json) -> Any:
+        """Describe or assemble a series. Raises `ChildFailed`."""
+        async with self._series.one() as child:
+            return await child.call(request, deadline_s=self._settings.series_deadline_s)
+
+    async def _file_call(self, request: Json, *, again: bool = True) -> Any:
+        async with self._files.one() as child:
+            try:
+                return await child.call(request, deadline_s=self._settings.decode_deadline_s)
+            except Unprocessable as error:
+                raise Rejected(error.reason_code, error.detail) from None
+            except ChildFailed as failed:
+                # What the machine did to the child, a full disk for instance, says nothing about the file.
+                if failed.error_type == "OSError":
+                    raise Unavailable("this machine: OSError in a decoder") from None
+                if failed.error_type != "SIGKILL" or not again:
+                    raise Rejected(REASON_OF_FAILURE[failed.reason_code], failed.where) from None
+        return await self._file_call(request, again=False)
+
+
+class _Children:
+    def __init__(self, settings: IngestSettings, cpu_s: int) -> None:
+        limits = Limits(memory_bytes=settings.decode_memory_bytes, cpu_s=cpu_s)
+        # BLAS reserves address space per thread, and nothing here gains from its threads.
+        env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        argv = [sys.executable, "-m", "services.ingest.worker"]
+        self.all = [Child(argv, limits=limits, env=env) for _ in range(settings.decoders)]
+        self._free: asyncio.Queue[Child] = asyncio.Queue()
+        for child in self.all:
+            self._free.put_nowait(child)
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(child.stop(kill=True) for child in self.all))
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[Child]:
+        """Wait for a child that is free."""
+        child = await self._free.get()
+        try:
+            yield child
+        finally:
+            self._free.put_nowait(child)

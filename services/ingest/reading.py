@@ -1,0 +1,481 @@
+"""The bytes of an upload to a normalised DICOM instance.
+
+Theory of operation. The file is taken apart here rather than by `dcmread`, which mends what it can and tells it only in
+warnings that echo values: a file cut short would pass. The data set's elements come from pydicom's generator, and each
+is held against the length it declares. What is stored is Part 10 in Explicit VR Little Endian, decompressed; elements
+that are in that encoding already are written back byte for byte.
+"""
+
+import contextlib
+import io
+import struct
+import uuid
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydicom import DataElement, Dataset
+from pydicom.charset import convert_encodings, default_encoding
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import FileMetaDataset
+from pydicom.encaps import generate_frames
+from pydicom.filereader import data_element_generator, read_dataset
+from pydicom.filewriter import correct_ambiguous_vr, dcmwrite
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+
+from services.ingest import frames
+from services.ingest.answers import Instance
+from shared.dicom import is_uid, sha_of
+from shared.errors import Unprocessable
+
+PREAMBLE_BYTES = 128
+MAGIC = b"DICM"
+UNDEFINED = 0xFFFFFFFF
+NATIVE = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian}
+DICOMDIR = "1.2.840.10008.1.3.10"
+VRS = set(
+    b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
+)
+FIRST_GROUPS = {2, 8}
+"""A file without preamble starts with the file meta group or with the identifying group."""
+IMPLEMENTATION_UID = UID(f"2.25.{uuid.uuid5(uuid.NAMESPACE_DNS, 'ingest.radqueue.org').int}")
+OTHER_PIXELS = ("FloatPixelData", "DoubleFloatPixelData", "PixelDataProviderURL")
+TEXTS = {"AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"}
+BYTES = {"OB", "OD", "OF", "OL", "OV", "OW", "UN"}
+WORD_BYTES = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
+
+SOP_CLASS_OF_MODALITY = {
+    "CT": "1.2.840.10008.5.1.4.1.1.2",
+    "MR": "1.2.840.10008.5.1.4.1.1.4",
+    "CR": "1.2.840.10008.5.1.4.1.1.1",
+    "NM": "1.2.840.10008.5.1.4.1.1.20",
+    "PT": "1.2.840.10008.5.1.4.1.1.128",
+    "US": "1.2.840.10008.5.1.4.1.1.6.1",
+    "XA": "1.2.840.10008.5.1.4.1.1.12.1",
+    "RF": "1.2.840.10008.5.1.4.1.1.12.2",
+    "SC": "1.2.840.10008.5.1.4.1.1.7",
+}
+"""The class of a single-frame image, for a file that names none. A multi-frame image could be of several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What reading one file may expand to: bytes of a data set, bytes of pixels, frames."""
+
+    inflated: int
+    pixels: int
+    frames: int = 20_000
+
+
+def looks_like_dicom(head: bytes) -> bool:
+    """Tell from the first 132 bytes whether a file may be DICOM, with or without preamble."""
+    if head[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == MAGIC or head[:4] == MAGIC:
+        return True
+    if len(head) < 8:  # noqa: PLR2004 - an element's header
+        return False
+    little, big = struct.unpack_from("<HH", head), struct.unpack_from(">HH", head)
+    if big[0] in FIRST_GROUPS:
+        return head[4:6] in VRS
+    plausible_length = struct.unpack_from("<I", head, 4)[0] <= 4096  # noqa: PLR2004 - the first element is a short one
+    return little[0] in FIRST_GROUPS and little[1] <= 0x0100 and (head[4:6] in VRS or plausible_length)  # noqa: PLR2004
+
+
+def is_dicomdir(upload: bytes) -> bool:
+    """Tell whether the file is a directory of other files, which says nothing that they do not say themselves."""
+    meta, _, _ = _split(upload)
+    return text_of(meta, "MediaStorageSOPClassUID") == DICOMDIR
+
+
+def normalise(upload: bytes, caps: Caps) -> tuple[Instance, bytes]:
+    """Read an uploaded file; return the instance and the Part 10 file to store. `shared.dicom.silence()` goes before.
+
+    Raises:
+        Unprocessable: a code of `reasons.REASONS`.
+    """
+    # Take apart.
+    if not looks_like_dicom(upload[: PREAMBLE_BYTES + 4]):
+        raise Unprocessable("not_dicom")
+    meta, data_set_bytes, notes = _split(upload)
+    syntax = text_of(meta, "TransferSyntaxUID")
+    sha = sha_of(data_set_bytes)
+    if syntax == DeflatedExplicitVRLittleEndian:
+        data_set_bytes = _inflate(data_set_bytes, caps.inflated)
+    dataset = _parse(data_set_bytes, syntax, notes)
+
+    # Check.
+    if text_of(meta, "MediaStorageSOPClassUID") == DICOMDIR:
+        raise Unprocessable("dicomdir")
+    sop_class_uid = _sop_class(dataset, meta, notes)
+    study_uid, series_uid, sop_instance_uid = _uids(dataset, meta, notes)
+    if syntax and syntax not in NATIVE and syntax not in frames.SUPPORTED:
+        raise Unprocessable("unsupported_transfer_syntax")
+
+    # Normalise.
+    implicit, little = dataset.original_encoding
+    if implicit or not little:
+        with contextlib.suppress(Exception):  # what stays ambiguous cannot be written, and is refused then
+            correct_ambiguous_vr(dataset, little is not False)
+        _convert(dataset, notes, big_endian=not little)
+    if "PixelData" in dataset:
+        _pixels(dataset, syntax, caps, notes)
+    elif _wants_pixels(dataset, sop_class_uid):  # a file may end between two elements
+        raise Unprocessable("missing_pixel_data")
+    body = _part_10(dataset, sop_class_uid, sop_instance_uid, notes)
+    return Instance(study_uid, series_uid, sop_instance_uid, sha, tuple(sorted(notes))), body
+
+
+def _split(upload: bytes) -> tuple[Dataset, bytes, set[str]]:
+    """Return the file meta group, the bytes of the data set, and warnings."""
+    notes = set()
+    if upload[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == MAGIC:
+        at = PREAMBLE_BYTES + 4
+    else:
+        notes.add("preamble_missing")
+        at = 4 if upload[:4] == MAGIC else 0
+    stream = io.BytesIO(upload)
+    stream.seek(at)
+    meta = Dataset()
+    if upload[at : at + 2] == b"\x02\x00":
+        try:
+            meta = read_dataset(stream, is_implicit_VR=False, is_little_endian=True, stop_when=_after_meta)
+            at = stream.tell()
+            for element in meta:  # convert now, so that what cannot be converted is noticed here
+                _ = element.value
+        except Exception:  # noqa: BLE001 - whatever a damaged group makes pydicom raise
+            raise Unprocessable("unreadable") from None
+    return meta, upload[at:], notes
+
+
+def _after_meta(tag: int, vr: str | None, length: int) -> bool:
+    del vr, length
+    return int(tag) >> 16 != 2  # noqa: PLR2004 - the file meta group
+
+
+def _inflate(deflated: bytes, limit: int) -> bytes:
+    """Inflate up to `limit` bytes: a megabyte may hold two gigabytes."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        inflated = inflater.decompress(deflated, limit + 1)
+    except zlib.error:
+        raise Unprocessable("unreadable") from None
+    if len(inflated) > limit:
+        raise Unprocessable("too_large")
+    if not inflater.eof:
+        raise Unprocessable("truncated")
+    return inflated
+
+
+def _parse(body: bytes, syntax: str, notes: set[str]) -> Dataset:
+    """Read the elements; each must be as long as it says."""
+    implicit, little = _encoding(body, syntax, notes)
+    stream = io.BytesIO(body)
+    delimiter = b"\xfe\xff\xdd\xe0" if little else b"\xff\xfe\xe0\xdd"
+    elements = {}
+    encoding: str | list[str] = default_encoding
+    try:
+        for element in data_element_generator(stream, implicit, little):
+            if element.tag.group == 0:  # nothing of the kind belongs into a file: zeros behind the data set
+                notes.add("trailing_bytes")
+                break
+            _check_length(element, body, stream.tell(), delimiter)
+            elements[element.tag] = element
+    except (EOFError, struct.error):  # the end came within a value, or within its header
+        raise Unprocessable("truncated") from None
+    except (MemoryError, Unprocessable):
+        raise
+    except Exception:  # noqa: BLE001 - pydicom raises what the bytes make it raise
+        raise Unprocessable("unreadable") from None
+    left = len(body) - stream.tell() if "trailing_bytes" not in notes else 0
+    if left or not elements:
+        raise Unprocessable("truncated")
+    dataset = Dataset(elements)
+    try:
+        encoding = convert_encodings(dataset.get("SpecificCharacterSet", default_encoding) or default_encoding)
+    except LookupError:
+        encoding = default_encoding
+    dataset.set_original_encoding(implicit, little, encoding)
+    return dataset
+
+
+def _check_length(element: object, body: bytes, at: int, delimiter: bytes) -> None:
+    raw_length = getattr(element, "length", None)
+    value = getattr(element, "value", None)
+    if raw_length in {None, UNDEFINED}:  # a sequence, or encapsulated pixel data: it ends with a delimiter
+        if body[at - 8 : at - 4] != delimiter:
+            raise Unprocessable("truncated")
+    elif raw_length and len(value or b"") != raw_length:
+        raise Unprocessable("truncated")
+
+
+def _encoding(body: bytes, syntax: str, notes: set[str]) -> tuple[bool, bool]:
+    """Whether VRs are implicit and bytes little endian: as the first element looks, whatever is claimed."""
+    if len(body) < 8:  # noqa: PLR2004 - an element's header
+        raise Unprocessable("truncated")
+    looks_explicit = body[4:6] in VRS
+    looks_big = looks_explicit and body[0] == 0 and body[1] != 0
+    seen = (not looks_explicit, not looks_big)
+    claimed = (syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian)
+    if not syntax:
+        notes.add("meta_missing")
+    elif seen != claimed:
+        notes.add("vr_mismatch")
+    return seen
+
+
+def _uids(dataset: Dataset, meta: Dataset, notes: set[str]) -> tuple[str, str, str]:
+    """Return the UIDs that become the key; an instance without study or series belongs nowhere."""
+    in_meta = text_of(meta, "MediaStorageSOPInstanceUID")
+    if not text_of(dataset, "SOPInstanceUID") and is_uid(in_meta):
+        _set_uid(dataset, "SOPInstanceUID", in_meta)
+        notes.add("sop_instance_restored")
+    elif in_meta and in_meta != text_of(dataset, "SOPInstanceUID"):
+        notes.add("meta_mismatch")
+    found = []
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+        uid = text_of(dataset, keyword)
+        if not uid:
+            raise Unprocessable("missing_uid", keyword)
+        if not is_uid(uid):
+            raise Unprocessable("invalid_uid", keyword)
+        found.append(uid)
+    return found[0], found[1], found[2]
+
+
+def text_of(dataset: Dataset, keyword: str) -> str:
+    """Return an element's only value as text; empty where it is missing, empty or unreadable."""
+    try:
+        value = dataset.get(keyword)
+    except Exception:  # noqa: BLE001 - pydicom converts here, and raises what the value makes it raise
+        return ""
+    return "" if value is None else str(value).strip(" \0")
+
+
+def _set_uid(dataset: Dataset, keyword: str, uid: str) -> None:
+    """Put an element in place of what is there, which may be unreadable."""
+    dataset[keyword] = DataElement(tag_for_keyword(keyword) or 0, "UI", uid)
+
+
+def _sop_class(dataset: Dataset, meta: Dataset, notes: set[str]) -> str:
+    uid = text_of(dataset, "SOPClassUID")
+    if not uid:
+        uid = text_of(meta, "MediaStorageSOPClassUID")
+        if not is_uid(uid) and "NumberOfFrames" not in dataset:
+            uid = SOP_CLASS_OF_MODALITY.get(text_of(dataset, "Modality"), "")
+        if not is_uid(uid):
+            raise Unprocessable("missing_sop_class")
+        _set_uid(dataset, "SOPClassUID", uid)
+        notes.add("sop_class_restored")
+    if not is_uid(uid):
+        raise Unprocessable("invalid_uid", "SOPClassUID")
+    return uid
+
+
+def _convert(dataset: Dataset, notes: set[str], *, big_endian: bool) -> None:
+    """Re-encode every element in place as Explicit VR Little Endian.
+
+    Texts keep their bytes, whatever character set they are in: a name decoded wrongly would be lost for good.
+    """
+    for tag in list(dataset.keys()):
+        raw = dataset.get_item(tag)
+        try:
+            element = dataset[tag]
+        except Exception:  # noqa: BLE001 - pydicom raises what the value makes it raise
+            element = None
+        if element is None or (isinstance(element.value, bytes) and element.VR[:2] not in BYTES):
+            kept = DataElement(tag, "OB", getattr(raw, "value", b"") or b"")
+            kept.VR = "UN"  # made as UN, it would be given the VR of its tag
+            dataset[tag] = kept
+            notes.add("element_unreadable")
+            continue
+        if element.VR == "SQ":
+            for item in element.value:
+                _convert(item, notes, big_endian=big_endian)
+        elif element.VR in TEXTS and isinstance(raw, RawDataElement):
+            dataset[tag] = raw._replace(VR=element.VR, is_implicit_VR=False, is_little_endian=True)
+        elif big_endian and element.VR[-2:] in WORD_BYTES and isinstance(element.value, bytes):
+            element.value = _swapped(element.value, _word_bytes(element, dataset))
+    dataset.set_original_encoding(is_implicit_vr=False, is_little_endian=True)
+
+
+def _word_bytes(element: DataElement, dataset: Dataset) -> int:
+    """Return the width that big endian turns round: a pixel wider than a word is one number (PS3.5 section 8.1)."""
+    bits = dataset.get("BitsAllocated") if element.keyword == "PixelData" else None
+    return max(WORD_BYTES[element.VR[-2:]], bits // 8 if isinstance(bits, int) else 0)
+
+
+def _swapped(value: bytes, width: int) -> bytes:
+    swapped = bytearray(value)
+    for offset in range(width):
+        swapped[offset::width] = value[width - 1 - offset :: width]
+    return bytes(swapped)
+
+
+def _expected(dataset: Dataset) -> tuple[frames.Expected, int]:
+    """Return what the image pixel module says, and the number of frames (PS3.3 C.7.6.3)."""
+    try:
+        n_frames = int(dataset.get("NumberOfFrames") or 1)
+        expected = frames.Expected(
+            rows=int(dataset.Rows),
+            columns=int(dataset.Columns),
+            samples=int(dataset.get("SamplesPerPixel") or 1),
+            bits_allocated=int(dataset.BitsAllocated),
+            bits_stored=int(dataset.get("BitsStored") or dataset.BitsAllocated),
+            signed=bool(dataset.get("PixelRepresentation") or 0),
+            photometric=text_of(dataset, "PhotometricInterpretation"),
+        )
+    except Exception:  # noqa: BLE001 - missing, empty, or no number
+        raise Unprocessable("bad_image_header") from None
+    plausible = (
+        min(n_frames, expected.rows, expected.columns) >= 1
+        and expected.samples in {1, 3, 4}
+        and expected.bits_allocated in {1, 8, 16, 32, 64}
+        and 1 <= expected.bits_stored <= expected.bits_allocated
+    )
+    if not plausible:
+        raise Unprocessable("bad_image_header")
+    return expected, n_frames
+
+
+def _wants_pixels(dataset: Dataset, sop_class_uid: str) -> bool:
+    """Tell whether an instance without PixelData misses it."""
+    is_image = "BitsAllocated" in dataset or "Image Storage" in UID(sop_class_uid).name
+    return is_image and not any(keyword in dataset for keyword in OTHER_PIXELS)
+
+
+def _pixels(dataset: Dataset, syntax: str, caps: Caps, notes: set[str]) -> None:
+    """Check native pixel data, or decompress encapsulated pixel data, in place."""
+    expected, n_frames = _expected(dataset)
+    n_bits = expected.rows * expected.columns * expected.samples * expected.bits_allocated * n_frames
+    if n_bits // 8 > caps.pixels or n_frames > caps.frames:
+        raise Unprocessable("too_large")
+    raw = dataset.get_item("PixelData")
+    encapsulated = getattr(raw, "length", None) == UNDEFINED or getattr(raw, "is_undefined_length", False)
+    value = raw.value if raw is not None else None
+    if not encapsulated:
+        if syntax and syntax not in NATIVE:
+            raise Unprocessable("frame_damaged")
+        needed = (n_bits + 7) // 8
+        if expected.photometric == "YBR_FULL_422":
+            needed = needed * 2 // 3
+        found = len(value or b"")
+        if found < needed:
+            raise Unprocessable("truncated")
+        if found > needed + needed % 2:
+            notes.add("excess_pixel_data")
+        return
+    if syntax not in frames.SUPPORTED:
+        raise Unprocessable("unsupported_transfer_syntax")
+    if expected.bits_allocated not in {8, 16, 32}:
+        raise Unprocessable("bad_image_header")
+    _decompress(dataset, bytes(value or b""), syntax, (expected, n_frames), notes)
+
+
+def _decompress(
+    dataset: Dataset, encapsulated: bytes, syntax: str, told: tuple[frames.Expected, int], notes: set[str]
+) -> None:
+    """Replace encapsulated pixel data by native, and say in the header what decoding changed (PS3.5 section 8.2)."""
+    expected, n_frames = told
+    pixels, lossy, photometric = bytearray(), False, expected.photometric
+    n_decoded = precision = needed_bits = 0
+    for codestream in _codestreams(encapsulated, n_frames):
+        if n_decoded == n_frames:
+            notes.add("excess_pixel_data")
+            break
+        frame = frames.decode(codestream, syntax, expected)
+        pixels += frame.samples.tobytes()
+        precision, lossy = max(precision, frame.precision), lossy or frame.lossy
+        photometric = frame.photometric
+        needed_bits = max(needed_bits, _bits_needed(frame, expected))
+        n_decoded += 1
+    if n_decoded < n_frames:
+        raise Unprocessable("frame_count")
+    if needed_bits > expected.bits_stored:
+        notes.add("bits_stored_corrected")
+        dataset.BitsStored, dataset.HighBit = precision, precision - 1
+    dataset.PhotometricInterpretation = photometric
+    if expected.samples > 1:
+        dataset.PlanarConfiguration = 0
+    if lossy:
+        _mark_lossy(dataset, syntax, len(pixels) / max(len(encapsulated), 1))
+    for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
+        if keyword in dataset:
+            delattr(dataset, keyword)
+    if _has_compressed_icon(dataset):
+        del dataset.IconImageSequence
+        notes.add("icon_removed")
+    pixels += b"\0" * (len(pixels) % 2)
+    dataset["PixelData"] = DataElement(0x7FE00010, "OB" if expected.bits_allocated == 8 else "OW", bytes(pixels))  # noqa: PLR2004
+
+
+def _codestreams(encapsulated: bytes, n_frames: int) -> Iterator[bytes]:
+    try:
+        yield from generate_frames(encapsulated, number_of_frames=n_frames)
+    except (ValueError, EOFError, struct.error):  # fragments that are none
+        raise Unprocessable("frame_damaged") from None
+
+
+def _bits_needed(frame: frames.Decoded, expected: frames.Expected) -> int:
+    """Bits that the values take: encoders often code 12 bits in a codestream of 16, which changes nothing."""
+    if frame.precision <= expected.bits_stored:
+        return frame.precision
+    low, high = int(frame.samples.min()), int(frame.samples.max())
+    if expected.signed:
+        return max(high.bit_length(), (-low - 1).bit_length() if low < 0 else 0) + 1
+    return high.bit_length()
+
+
+def _mark_lossy(dataset: Dataset, syntax: str, ratio: float) -> None:
+    """Say that the image was once compressed with loss: that outlives the compression (PS3.3 C.7.6.1.1.5)."""
+    if text_of(dataset, "LossyImageCompression") != "01":
+        dataset.LossyImageCompression = "01"
+        dataset.LossyImageCompressionRatio = f"{ratio:.4g}"
+        dataset.LossyImageCompressionMethod = frames.METHODS[syntax]
+
+
+def _has_compressed_icon(dataset: Dataset) -> bool:
+    for item in dataset.get("IconImageSequence") or []:
+        raw = item.get_item("PixelData") if "PixelData" in item else None
+        if getattr(raw, "length", None) == UNDEFINED or getattr(raw, "is_undefined_length", False):
+            return True
+    return False
+
+
+def noted_in(meta: Dataset) -> list[str]:
+    """Return the warning codes that `normalise` left in the file meta group of an instance."""
+    if text_of(meta, "PrivateInformationCreatorUID") != IMPLEMENTATION_UID:
+        return []
+    return bytes(meta.PrivateInformation).decode("ascii").rstrip("\0 ").split(",")
+
+
+def _part_10(dataset: Dataset, sop_class_uid: str, sop_instance_uid: str, notes: set[str]) -> bytes:
+    """Write the file: preamble of zeros, a fresh file meta group, Explicit VR Little Endian (PS3.10 section 7.1).
+
+    The warnings travel in the file meta group's private information: it belongs to the file, not to the data set.
+    """
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = UID(sop_class_uid)
+    meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.ImplementationClassUID = IMPLEMENTATION_UID
+    meta.ImplementationVersionName = "RADQUEUE"
+    if notes:
+        noted = ",".join(sorted(notes)).encode()
+        meta.PrivateInformationCreatorUID = IMPLEMENTATION_UID
+        meta.PrivateInformation = noted + b"\0" * (len(noted) % 2)
+    dataset.file_meta = meta
+    dataset.preamble = b"\0" * PREAMBLE_BYTES
+    file = io.BytesIO()
+    try:
+        dcmwrite(file, dataset, implicit_vr=False, little_endian=True, enforce_file_format=True)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - what could be read and cannot be written is no valid data set
+        raise Unprocessable("unreadable") from None
+    return file.getvalue()

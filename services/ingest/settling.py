@@ -1,0 +1,306 @@
+"""When a series is quiet: what it consists of becomes a revision, its pictures an array, and the news goes out.
+
+Theory of operation. The first instance of a series in a bucket of time (as long as the quiet period) sends a message
+that looks at the series later, and then stores a marker, which keeps the others of that bucket from sending one. A
+series that grows for an hour so has a message in each bucket, and one of them is enough: a message that finds the
+marker of a newer bucket ends, for that one's message was sent and looks later. The newest always goes on, until the
+series is quiet or has grown for `max_settle_s`; a crash at any place costs a second message, never a series that
+nobody looks at. Clocks of two machines may differ by a quiet period.
+
+What a series waits for is read from its listing alone: the instances that are newer than its newest revision.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from services.ingest.arrays import ArrayConfig
+from services.ingest.ports import Ports
+from shared.child import ChildFailed
+from shared.concurrency import all_of, temporary_folder
+from shared.dicom import Geometry, Revision, StoredInstance, digest_of, revision_key, series_prefix, stored_instance
+from shared.errors import Unavailable, Unprocessable
+from shared.log import get_logger
+from shared.messages import ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
+from shared.objects import ObjectMissing, ObjectSummary
+from shared.queue import receive_count
+
+LAST_MODIFIED_S = 1
+"""S3 tells the time of an object in whole seconds, rounded down."""
+BACKLOG_S = 2
+"""A message that is handled later than this, and than the quiet period, after it was due waited behind others."""
+DOWNLOADS = 8
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A series as its listing has it."""
+
+    dataset: str
+    study_uid: str
+    series_uid: str
+    instances: tuple[StoredInstance, ...]
+    digest: str
+    listed: datetime
+    """When it looked like this."""
+
+
+async def expect_settling(dataset: str, study_uid: str, series_uid: str, *, ports: Ports) -> None:
+    """Have somebody look at a series that received an instance, once per dataset and bucket.
+
+    The message is due after the bucket's end, so it sees every instance that found the bucket's marker. The marker
+    comes after the message: a crash between them costs a second message.
+    """
+    now = ports.clock()
+    bucket_s = math.ceil(ports.settings.quiet_s)
+    bucket = str(int(now.timestamp()) // bucket_s * bucket_s)
+    told = SettlingSeries(dataset=dataset, study_uid=study_uid, series_uid=series_uid, bucket=bucket, first_seen=now)
+    marker = _markers(told) + bucket
+    async with ports.markers(marker):
+        if await ports.objects.exists(marker):
+            return
+        delay_s = bucket_s + 1
+        due = now + timedelta(seconds=delay_s)
+        await ports.publish(SeriesSettling.of(series_uid, told, time=due), delay_s=delay_s)
+        await ports.objects.put_if_absent(marker, b"")
+
+
+def _markers(series: SettlingSeries) -> str:
+    """Return the prefix of a series' markers; what follows is a bucket's first second, so they sort by time."""
+    return f"settling/{series.dataset}/{series.study_uid}/{series.series_uid}/"
+
+
+async def handle_settling(event: SeriesSettling, *, ports: Ports) -> None:
+    """Look at a series that received instances, and settle it if it is quiet.
+
+    A series is quiet when its newest instance is older than the quiet period and the time that uploads take now, and
+    the queue has no backlog in which more of it may wait. One that never gets quiet is settled as it is every
+    `max_settle_s`, by the first message of a bucket that began then. May run twice: a repeat decides anew.
+
+    Raises:
+        Unprocessable: a code of `reasons.DEAD_LETTERS`.
+        Unavailable: S3 or SQS does not answer.
+    """
+    series, settings, now = event.data, ports.settings, ports.clock()
+
+    # Fetch.
+    prefix = series_prefix(series.study_uid, series.series_uid)
+    listing = [item async for item in ports.objects.list(prefix)]
+    stored = [item.last_modified for item in listing if stored_instance(item.key) is not None]
+    if not stored:
+        raise Unprocessable("series_gone")
+    settled = max((item.last_modified for item in listing if "/revisions/" in item.key), default=None)
+    since = min((time for time in stored if settled is None or time > settled), default=series.first_seen)
+    overdue = since + timedelta(seconds=settings.max_settle_s)
+
+    # Check.
+    if not await _is_responsible(series, overdue, ports):
+        log.info("series.left_to_newer", series=series.series_uid, instances=len(stored))
+        return
+    age_s = (now - max(stored)).total_seconds() - LAST_MODIFIED_S
+    late_s = (now - event.time).total_seconds()
+    # An old event that came again tells of no lag; where uploads take longer than this, there is a backlog.
+    quiet_s = settings.quiet_s + min(ports.lag.recent_s(now), settings.quiet_s)
+    # One that comes back after its own failure is late for that reason.
+    backlog = receive_count() == 1 and late_s > max(settings.quiet_s, BACKLOG_S)
+    if now < overdue and (age_s < quiet_s or backlog):
+        wait_s = settings.quiet_s if backlog else quiet_s - age_s
+        delay_s = min(math.ceil(wait_s), math.ceil(settings.quiet_s)) + 1
+        due = now + timedelta(seconds=delay_s)
+        await ports.publish(SeriesSettling.of(series.series_uid, series, time=due), delay_s=delay_s)
+        log.info("series.unsettled", series=series.series_uid, instances=len(stored), backlog=backlog)
+        return
+
+    # Compute, store and announce.
+    await settle(series.dataset, series.study_uid, series.series_uid, ports=ports)
+
+
+async def _is_responsible(series: SettlingSeries, overdue: datetime, ports: Ports) -> bool:
+    """Tell whether the message is the newest of its series, or the first whose bucket began when it was overdue."""
+    prefix = _markers(series)
+    own, late = prefix + series.bucket, f"{prefix}{math.ceil(overdue.timestamp())}"
+    known = {own, *[item.key async for item in ports.objects.list(prefix)]}
+    return own in {max(known), min((key for key in known if key >= late), default="")}
+
+
+async def settle(dataset: str, study_uid: str, series_uid: str, *, ports: Ports) -> None:
+    """Store the revision of a series as it stands, and announce it.
+
+    Afterwards the revision and its array are stored, and `series.ready` was sent. A second run finds the revision and
+    announces the same event; of two at the same time one revision wins, and both announce it. A revision that was
+    overtaken by one with more instances is not stored.
+    """
+    async with ports.settling(series_uid):
+        await _settle(dataset, study_uid, series_uid, ports)
+
+
+async def _settle(dataset: str, study_uid: str, series_uid: str, ports: Ports) -> None:
+    # Fetch. Whoever lists later may be done earlier, and is newer nevertheless.
+    listed = ports.clock()
+    listing = [item async for item in ports.objects.list(series_prefix(study_uid, series_uid))]
+    instances, warnings = _instances(listing)
+    if not instances:
+        raise Unprocessable("series_gone")
+    digest = digest_of(instances)
+    key = revision_key(study_uid, series_uid, digest)
+
+    # Compute and store. Another worker may have settled the series meanwhile, with fewer instances or with more.
+    if key not in (item.key for item in listing):
+        series = Series(dataset, study_uid, series_uid, tuple(instances), digest, listed)
+        made = await _revise(series, warnings, ports)
+        others = await _revisions(study_uid, series_uid, ports)
+        if any(set(made.instances) < set(other.instances) for other in others):
+            log.info("series.overtaken", series=series_uid, instances=len(instances))
+            return
+        newest = max((other for other in others if other.digest != digest), key=lambda one: one.created, default=None)
+        made = made.model_copy(update={"supersedes": newest.digest if newest else None})
+        await ports.objects.put_if_absent(key, made.body())
+
+    revision = Revision.parse(await ports.objects.get(key))
+    if revision.array_key and revision.dataset != dataset:
+        await _copy_array(revision, dataset, ports)
+
+    # Announce what is stored, which may be another worker's.
+    await ports.publish(_ready(revision))
+    log.info("series.ready", series=series_uid, instances=len(revision.instances), warnings=revision.warnings)
+
+
+async def _revisions(study_uid: str, series_uid: str, ports: Ports) -> list[Revision]:
+    prefix = f"{series_prefix(study_uid, series_uid)}revisions/"
+    return [Revision.parse(await ports.objects.get(item.key)) async for item in ports.objects.list(prefix)]
+
+
+def _instances(listing: Sequence[ObjectSummary]) -> tuple[list[StoredInstance], list[str]]:
+    """Return the instances of a series by UID, from its listing.
+
+    Two data sets under one UID are there only where both were uploaded at the same moment: the older one counts.
+    """
+    chosen: dict[str, StoredInstance] = {}
+    warnings = []
+    for item in sorted(listing, key=lambda item: (item.last_modified, item.key)):
+        instance = stored_instance(item.key)
+        if instance is None:
+            continue
+        if chosen.setdefault(instance.sop_instance_uid, instance) != instance:
+            warnings = ["conflicting_instances"]
+    return [chosen[uid] for uid in sorted(chosen)], warnings
+
+
+async def _revise(series: Series, warnings: Sequence[str], ports: Ports) -> Revision:
+    """Describe the series, and make and store its training array."""
+    async with temporary_folder("radqueue-series-") as folder:
+        paths = await _download(series.instances, folder, ports)
+        try:
+            described = await ports.decoder.series_call({"op": "describe", "paths": paths})
+        except ChildFailed as failed:
+            raise Unprocessable(f"series_{failed.reason_code}", failed.where) from None
+        found = [*warnings, *described["warnings"]]
+        array_key = None
+        if described["n_grey"]:
+            array_key, more = await _array(series, paths, described, ports)
+            found += more
+        elif described["geometry"]:
+            found.append("colour_skipped")
+    return Revision(
+        dataset=series.dataset,
+        study_uid=series.study_uid,
+        series_uid=series.series_uid,
+        digest=series.digest,
+        created=series.listed,
+        instances=series.instances,
+        attributes=described["attributes"],
+        geometry=described["geometry"] and Geometry.model_validate(described["geometry"]),
+        warnings=tuple(sorted(set(found))),
+        array_key=array_key,
+    )
+
+
+async def _download(instances: Sequence[StoredInstance], folder: Path, ports: Ports) -> list[str]:
+    paths = [folder / f"{number}.dcm" for number in range(len(instances))]
+    pairs = zip(instances, paths, strict=True)
+    try:
+        await all_of(
+            [partial(ports.objects.download, instance.key, path) for instance, path in pairs], at_once=DOWNLOADS
+        )
+    except ObjectMissing:  # deleted since it was listed: the next listing knows
+        raise Unavailable("an instance of the listing is gone") from None
+    return [str(path) for path in paths]
+
+
+async def _array(
+    series: Series, paths: Sequence[str], described: dict[str, Any], ports: Ports
+) -> tuple[str | None, list[str]]:
+    """Make and store the training array and its sidecar; return its key and warnings.
+
+    A series whose array cannot be made is still routed: that is a warning, no failure.
+    """
+    settings = ports.settings
+    modality = described["attributes"].get("Modality")
+    config = ArrayConfig(
+        settings.array_size,
+        settings.array_windows.get(modality or ""),
+        (settings.array_low_percentile, settings.array_high_percentile),
+    )
+    out = Path(paths[0]).with_name("array.npy")
+    request = {
+        "op": "assemble",
+        "paths": list(paths),
+        "out": str(out),
+        "size": config.size,
+        "window": config.window,
+        "percentiles": config.percentiles,
+        "patient_secret": settings.patient_secret.get_secret_value(),
+    }
+    try:
+        made = await ports.decoder.series_call(request)
+    except ChildFailed as failed:
+        log.warning("array.failed", series=series.series_uid, reason_code=failed.reason_code, where=failed.where)
+        return None, ["array_failed"]
+    key = f"datasets/{series.dataset}/{series.series_uid}.{series.digest}.{config.hash()}.npy"
+    sidecar = {
+        "series_uid": series.series_uid,
+        "study_uid_sha256": sha256_of(series.study_uid),
+        "digest": series.digest,
+        "patient_key": made["patient_key"],
+        "modality": modality,
+        "n": made["shape"][0],
+        "shape": made["shape"],
+        "window": made["window"],
+        "config": config.described(),
+        "config_hash": config.hash(),
+        "warnings": sorted({*described["warnings"], *made["warnings"]}),
+    }
+    await ports.objects.put(f"{key.removesuffix('.npy')}.json", json.dumps(sidecar, indent=1).encode())
+    await ports.objects.upload(out, key)
+    return key, made["warnings"]
+
+
+async def _copy_array(revision: Revision, dataset: str, ports: Ports) -> None:
+    """Put the array of a series that was uploaded into a second dataset there, too."""
+    array_key = revision.array_key or ""
+    for key in (f"{array_key.removesuffix('.npy')}.json", array_key):
+        copy = key.replace(f"datasets/{revision.dataset}/", f"datasets/{dataset}/", 1)
+        await ports.objects.put(copy, await ports.objects.get(key))
+
+
+def _ready(revision: Revision) -> SeriesReady:
+    modality = revision.attributes.get("Modality")
+    told = ReadySeries(
+        study_uid=revision.study_uid,
+        series_uid=revision.series_uid,
+        digest=revision.digest,
+        revision_key=revision.key,
+        dataset=revision.dataset,
+        n_instances=len(revision.instances),
+        modality=modality if isinstance(modality, str) else None,
+        warnings=revision.warnings,
+        array_key=revision.array_key,
+        supersedes=revision.supersedes,
+    )
+    return SeriesReady.of(revision.series_uid, told, time=revision.created)

@@ -1,0 +1,127 @@
+"""Training arrays: values, polarity, window and shape."""
+
+import io
+
+import numpy as np
+import pytest
+from pydicom import Dataset, dcmread
+from pydicom.sequence import Sequence
+
+from services.ingest.arrays import ArrayConfig, modality_values, shrink, window_of
+from services.ingest.reading import Caps, normalise
+from services.ingest.worker import answer
+
+CAPS = Caps(1 << 24, 1 << 24)
+CONFIG = {"size": 16, "window": (-1000, 1000), "percentiles": (0.5, 99.5), "patient_secret": "secret"}
+
+
+def assemble(tmp_path, files, **changes):
+    paths = []
+    for number, upload in enumerate(files):
+        path = tmp_path / f"{number}.dcm"
+        path.write_bytes(normalise(upload, CAPS)[1])
+        paths.append(str(path))
+    out = tmp_path / "out.npy"
+    told = answer({"op": "assemble", "paths": paths, "out": str(out), **CONFIG, **changes}, print)
+    return np.load(out), told
+
+
+def test_slices_are_in_order_and_in_hounsfield_window(maker, make_part_10, tmp_path):
+    """Files in any order come out by position; -1000 HU is -1 and 1000 HU is 1."""
+    files = [make_part_10(maker.ct(number)) for number in (2, 0, 1)]
+    array, told = assemble(tmp_path, files)
+    stored = np.stack([np.frombuffer(maker.ct(number).PixelData, "<u2").reshape(16, 16) for number in range(3)])
+
+    assert np.allclose(array, np.clip((stored.astype(float) - 1024) / 1000, -1, 1), atol=1e-5)
+    assert told["window"] == [-1000, 1000]
+
+
+def test_inverted_polarity_is_turned(maker, make_part_10, tmp_path):
+    """The same values as MONOCHROME1 are the negative picture."""
+    plain, _ = assemble(tmp_path, [make_part_10(maker.ct())])
+    inverted, _ = assemble(tmp_path, [make_part_10(maker.ct(PhotometricInterpretation="MONOCHROME1"))])
+
+    assert np.allclose(inverted, -plain)
+
+
+def test_rescale_in_functional_groups_counts(maker, make_part_10):
+    """Enhanced objects keep rescale per frame, or for all frames, and not in the instance."""
+    frames = []
+    for slope in (1, 2):
+        transformation, groups = Dataset(), Dataset()
+        transformation.RescaleSlope, transformation.RescaleIntercept, transformation.RescaleType = slope, -1024, "HU"
+        groups.PixelValueTransformationSequence = Sequence([transformation])
+        frames.append(groups)
+    pixels = np.full((2, 16, 16), 100, "<u2")
+    overrides = {"NumberOfFrames": 2, "PixelData": pixels.tobytes(), "RescaleSlope": None, "RescaleIntercept": None}
+    enhanced = maker.ct(PerFrameFunctionalGroupsSequence=Sequence(frames), **overrides)
+    first, second = modality_values(dcmread(io.BytesIO(make_part_10(enhanced))))
+
+    assert (first.max(), second.max()) == (-924, -824)
+
+
+def test_colour_is_left_out(maker, make_part_10, tmp_path):
+    """Colour slices are skipped with a warning; the grey ones stay."""
+    pixels = np.zeros((16, 16, 3), np.uint8).tobytes()
+    colour = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "SamplesPerPixel": 3, "PlanarConfiguration": 0}
+    files = [
+        make_part_10(maker.ct(0)),
+        make_part_10(maker.ct(1, PhotometricInterpretation="RGB", PixelData=pixels, **colour)),
+    ]
+    array, told = assemble(tmp_path, files)
+
+    assert array.shape == (1, 16, 16)
+    assert told["warnings"] == ["colour_skipped"]
+
+
+def test_percentiles_are_of_the_whole_series(maker, make_part_10, tmp_path):
+    """Without a window one pair of percentiles serves all slices, so that they stay comparable."""
+    dark = maker.ct(0, PixelData=np.full((16, 16), 100, "<u2").tobytes())
+    bright = maker.ct(1, PixelData=np.full((16, 16), 300, "<u2").tobytes())
+    array, told = assemble(tmp_path, [make_part_10(dark), make_part_10(bright)], window=None)
+
+    assert told["window"] == [100 - 1024, 300 - 1024]
+    assert (array[0].max(), array[1].min()) == (-1, 1)
+
+
+def test_the_patient_is_a_keyed_hash(maker, make_part_10, tmp_path):
+    """One patient has one key, which another secret changes and which holds nothing of the PatientID."""
+    files = [make_part_10(maker.ct())]
+    keys = [assemble(tmp_path, files, patient_secret=secret)[1]["patient_key"] for secret in ("a", "a", "b")]
+
+    assert keys[0] == keys[1] != keys[2]
+    assert "4711" not in keys[0]
+
+
+def test_shrinking_does_not_alias():
+    """A pattern finer than the target becomes its mean, not stripes."""
+    stripes = np.tile(np.array([0, 100], np.float32), (64, 32))
+    small = shrink(stripes, (0, 100), 8, None, inverted=False)
+
+    assert np.abs(small).max() < 0.05
+
+
+@pytest.mark.parametrize(("spacing", "filled"), [((1.0, 1.0), (8, 16)), ((2.0, 1.0), (16, 16))])
+def test_the_physical_aspect_is_kept(spacing, filled):
+    """A picture is centred on -1 with its height and width in millimetres to scale."""
+    canvas = shrink(np.full((32, 64), 100, np.float32), (0, 100), 16, spacing, inverted=False)
+
+    assert (canvas > 0).any(axis=1).sum() == filled[0]
+    assert (canvas > 0).any(axis=0).sum() == filled[1]
+
+
+def test_a_flat_series_has_a_window():
+    """A series of one value divides by nothing."""
+    low, high = window_of(lambda: iter([np.zeros((4, 4), np.float32)]), 16, ArrayConfig(8, None, (0.5, 99.5)))
+
+    assert high > low
+
+
+def test_the_key_tells_configurations_apart():
+    """What changes the array changes the hash in its key; percentiles do so only where they are used."""
+    window = ArrayConfig(64, (-1000, 1000), (1, 99))
+
+    assert window.hash() == ArrayConfig(64, (-1000, 1000), (2, 98)).hash()
+    assert (
+        len({window.hash(), ArrayConfig(32, (-1000, 1000), (1, 99)).hash(), ArrayConfig(64, None, (1, 99)).hash()}) == 3
+    )

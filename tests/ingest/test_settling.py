@@ -1,0 +1,164 @@
+"""When a series settles, in the time of the test: how often, for which dataset, and what ends it for good."""
+
+import itertools
+import resource
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from heapq import heappop, heappush
+
+import pytest
+
+from services.ingest.decoder import Decoder
+from services.ingest.handler import handle_uploads
+from services.ingest.settling import expect_settling, handle_settling
+from shared.child import ChildFailed
+from shared.dicom import instance_key
+from shared.errors import Unprocessable
+from shared.messages import SeriesReady, SeriesSettling
+from shared.objects import ObjectStore, ObjectSummary
+
+START = datetime(2026, 5, 1, tzinfo=UTC)
+
+
+class TimedStore(ObjectStore):
+    """Real S3, whose objects are as old as the test's clock says."""
+
+    def __init__(self, store, clock):
+        super().__init__(store._s3, store.bucket)
+        self.clock, self.times, self.lost = clock, {}, lambda key: False
+
+    async def _put(self, key, body, **condition):
+        if self.lost(key):
+            return ""
+        etag = await super()._put(key, body, **condition)
+        self.times[key] = self.clock()
+        return etag
+
+    async def list(self, prefix) -> AsyncIterator[ObjectSummary]:
+        async for item in super().list(prefix):
+            yield replace(item, last_modified=self.times[item.key].replace(microsecond=0))
+
+
+@pytest.mark.parametrize("markers_are_lost", [False, True])
+async def test_a_series_that_grows_settles_now_and_then(bench, maker, make_part_10, markers_are_lost):
+    """One revision per max_settle_s while it grows, and one of all when it is quiet, though markers get lost."""
+    now_s, turn = 0.0, itertools.count()
+    store = TimedStore(bench.objects, lambda: START + timedelta(seconds=now_s))
+    if markers_are_lost:  # of every third bucket
+        store.lost = lambda key: key.startswith("settling/") and int(key.rpartition("/")[2]) % 180 == 0
+    settings = bench.ports.settings.model_copy(update={"max_settle_s": 300})
+    ports = replace(bench.ports, objects=store, clock=store.clock, settings=settings)
+    work = [(30.0 * number, next(turn), make_part_10(maker.ct(number))) for number in range(30)]
+    sent = 0
+    while work:
+        now_s, number, what = heappop(work)
+        if isinstance(what, bytes):
+            uid = maker.ct(number).SOPInstanceUID
+            await store.put(instance_key(maker.study_uid, maker.series_uid, uid, "0" * 16), what)
+            await expect_settling("lung", maker.study_uid, maker.series_uid, ports=ports)
+        else:
+            await handle_settling(what, ports=ports)
+        for event, delay_s in zip(bench.published.events[sent:], bench.published.delays_s[sent:], strict=True):
+            if isinstance(event, SeriesSettling):
+                heappush(work, (now_s + delay_s, next(turn), event))
+        sent = len(bench.published.events)
+
+    ready = bench.published.of(SeriesReady)
+    waits = [later.time - earlier.time for earlier, later in itertools.pairwise(ready)]
+
+    assert [event.data.supersedes for event in ready[1:]] == [event.data.digest for event in ready[:-1]]
+    assert ready[-1].data.n_instances == 30
+    assert ready[-1].time < START + timedelta(seconds=900 + 130)
+    assert len(ready) == 3
+    assert min(waits[:-1]) >= timedelta(seconds=300)
+    assert len(bench.published.of(SeriesSettling)) < 30
+
+
+async def test_each_dataset_of_a_series_gets_its_array(bench, maker, make_part_10):
+    """One series uploaded into two datasets within a quiet period ends with an array in both."""
+    body = make_part_10(maker.ct())
+    for dataset in ("lung", "chest"):
+        await handle_uploads(await bench.upload(f"incoming/{dataset}/a.dcm", body), ports=bench.ports)
+    bench.clock.shift_s = 62
+    for event in bench.published.of(SeriesSettling):
+        await handle_settling(event, ports=bench.ports)
+
+    arrays = [await bench.keys(f"datasets/{dataset}/{maker.series_uid}.") for dataset in ("lung", "chest")]
+
+    assert [len(keys) for keys in arrays] == [2, 2]
+    assert len({event.id for event in bench.published.of(SeriesReady)}) == 1
+
+
+async def test_a_revision_is_as_old_as_its_listing(bench, maker, make_part_10, make_zip):
+    """A worker that computes for long makes no revision that is newer than one listed meanwhile."""
+
+    class Slow(Decoder):
+        async def series_call(self, request):
+            bench.clock.shift_s += 100
+            return await super().series_call(request)
+
+    decoder = Slow(bench.ports.settings)
+    started = bench.clock()
+    upload = await bench.upload("incoming/lung/a.zip", make_zip({"a": make_part_10(maker.ct())}))
+    await handle_uploads(upload, ports=replace(bench.ports, decoder=decoder))
+    await decoder.stop()
+
+    (ready,) = bench.published.of(SeriesReady)
+
+    assert bench.clock() - started > timedelta(seconds=200)
+    assert ready.time - started < timedelta(seconds=100)
+
+
+async def test_a_series_that_cannot_be_described_has_a_reason(bench, maker, make_part_10):
+    """Its message goes to the dead letters by its reason, not as a bug, and its instances stay."""
+    await handle_uploads(await bench.upload("incoming/lung/a.dcm", make_part_10(maker.ct())), ports=bench.ports)
+    (event,) = bench.published.of(SeriesSettling)
+    decoder = Decoder(bench.ports.settings.model_copy(update={"series_deadline_s": 0.001}))
+    bench.clock.shift_s = 62
+    with pytest.raises(Unprocessable) as raised:
+        await handle_settling(event, ports=replace(bench.ports, decoder=decoder))
+    await decoder.stop()
+
+    assert raised.value.reason_code == "series_deadline"
+    assert len(await bench.keys(f"studies/{maker.study_uid}/")) == 1
+
+
+async def test_a_series_that_cannot_be_described_keeps_no_other_of_its_zip(bench, maker, make_part_10, make_zip):
+    """The other series of the upload are announced before its message goes to the dead letters."""
+
+    class Fragile(Decoder):
+        async def series_call(self, request):
+            if self.fails:
+                self.fails = False
+                raise ChildFailed("crashed")
+            return await super().series_call(request)
+
+    decoder = Fragile(bench.ports.settings)
+    decoder.fails = True
+    other = type(maker)(study_uid=maker.study_uid)
+    body = make_zip({"a": make_part_10(maker.ct()), "b": make_part_10(other.ct())})
+    upload = await bench.upload("incoming/lung/a.zip", body)
+    with pytest.raises(Unprocessable) as raised:
+        await handle_uploads(upload, ports=replace(bench.ports, decoder=decoder))
+    await decoder.stop()
+
+    (ready,) = bench.published.of(SeriesReady)
+
+    assert raised.value.reason_code == "series_crashed"
+    assert ready.data.series_uid == max(maker.series_uid, other.series_uid)
+
+
+async def test_a_series_may_take_more_processor_time_than_a_file(bench, maker, make_part_10, tmp_path):
+    """The child that reads series runs under its own limit."""
+    path = tmp_path / "a.dcm"
+    path.write_bytes(make_part_10(maker.ct()))
+    decoder = Decoder(bench.ports.settings.model_copy(update={"decode_cpu_s": 50, "series_cpu_s": 500}))
+    await decoder.normalise(path, tmp_path / "out")
+    await decoder.series_call({"op": "describe", "paths": [str(path)]})
+    pids = [children.all[0].pid for children in (decoder._files, decoder._series)]
+    file_s, series_s = (resource.prlimit(pid, resource.RLIMIT_CPU)[0] for pid in pids)
+    await decoder.stop()
+
+    assert 50 < file_s < 100
+    assert 500 < series_s < 550
