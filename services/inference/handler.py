@@ -1,0 +1,350 @@
+"""The two journeys of the inference worker: a settled series to its MAPs, and one MAP to one result in the archive."""
+
+import asyncio
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from services.inference import outputs as made_outputs
+from services.inference.archive import Archive, PushRejected
+from services.inference.maps import Map
+from services.inference.outputs import MadeInstance, OutputRefused
+from services.inference.records import (
+    Failure,
+    Outputs,
+    Result,
+    RoutedMap,
+    Routing,
+    result_prefix,
+    routing_prefix,
+)
+from services.inference.routing import Route
+from services.inference.runner import MapRunner, Run, Study
+from shared.concurrency import all_of, temporary_folder
+from shared.dicom import Revision, revision_key, series_prefix
+from shared.errors import Unavailable, Unprocessable
+from shared.log import get_logger
+from shared.messages import (
+    CompletedInference,
+    FailedInference,
+    InferenceCompleted,
+    InferenceFailed,
+    InferenceOutput,
+    InferenceRequested,
+    InferenceSkipped,
+    InferenceTask,
+    SeriesReady,
+    SeriesRef,
+    SkippedInference,
+)
+from shared.objects import ObjectMissing, ObjectStore
+from shared.queue import Publish, receive_count
+from shared.records import store_once, stored
+
+ANNOUNCED_OUTPUTS = 500
+TRANSFERS = 8
+"""Objects of one study that are downloaded or uploaded at the same time."""
+
+Clock = Callable[[], datetime]
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledMap:
+    """A MAP of this worker, and the series that it takes."""
+
+    map: Map
+    route: Route
+
+
+async def route(
+    ready: SeriesReady, *, objects: ObjectStore, publish: Publish, maps: Mapping[str, InstalledMap], clock: Clock
+) -> None:
+    """Give one revision to the MAPs whose conditions it meets.
+
+    Afterwards `routing.json` says which, and each was sent one request. None is an outcome, and is announced. A second
+    delivery sends the same requests again, and those end at the results that are there.
+
+    Raises:
+        Unprocessable: `revision_missing`, `invalid_revision`.
+        Unavailable: S3 or SQS does not answer.
+    """
+    # Fetch.
+    series = SeriesRef.model_validate(ready.data.model_dump())
+    revision = await _revision(objects, series.revision_key)
+
+    # Choose.
+    takers = [found for found in maps.values() if found.route.takes(revision)]
+
+    # Store: the first worker's choice stands, also where another one has newer MAPs.
+    routing = await store_once(
+        objects,
+        f"{routing_prefix(series)}routing.json",
+        Routing(
+            maps=tuple(RoutedMap(map=found.map.name, map_digest=found.map.digest) for found in takers),
+            modality=ready.data.modality,
+            time=clock(),
+        ),
+    )
+
+    # Ask, or tell that there is nobody to ask.
+    if not routing.maps:
+        log.info("inference.no_route", series=series.series_uid)
+        skipped = SkippedInference(**series.model_dump(), modality=routing.modality, reason_code="no_route")
+        await publish(InferenceSkipped.of(routing_prefix(series), skipped, time=routing.time))
+    for chosen in routing.maps:
+        task = InferenceTask(map=chosen.map, map_digest=chosen.map_digest, inputs=(series,))
+        await publish(_requested(task, routing.time))
+
+
+async def infer(
+    requested: InferenceRequested,
+    *,
+    objects: ObjectStore,
+    publish: Publish,
+    maps: Mapping[str, InstalledMap],
+    runner: MapRunner,
+    archive: Archive,
+    clock: Clock,
+) -> None:
+    """Turn one request into one result in the archive, and announce it.
+
+    Any number of workers may do this at the same time, and be killed anywhere: MAPs draw random UIDs, so each attempt
+    makes other files, but the first `outputs.json` decides whose files are the result, and everyone pushes those.
+
+    A failure is an outcome as well, and stands in `failure.json`: the same event again announces that failure, and runs
+    nothing. To try again, ask by an event with another id, or delete `failure.json` and send the same one: the ids of
+    what `route` sends depend on series and MAP alone.
+
+    Raises:
+        Unprocessable: `revision_missing`, `instance_missing`, `invalid_revision`, `invalid_record`.
+        Unavailable: S3, SQS or the archive does not answer, the MAP's process cannot be started, or this worker does
+            not have the MAP, which in a rolling deployment another one has.
+    """
+    task = requested.data
+    prefix = result_prefix(task)
+    attempt = uuid.uuid4().hex
+
+    # Repeat: what is done is announced again, as the same event.
+    done = await stored(objects, f"{prefix}result.json", Result)
+    if done is not None:
+        await _announce(done, publish)
+        return
+    failed = await stored(objects, f"{prefix}failure.json", Failure)
+    if failed is not None and failed.request_id == requested.id:
+        await _announce_failure(failed, publish)
+        return
+    if failed is not None:
+        await objects.delete(failed.failure_key)  # it would tell of this request while it runs
+
+    try:
+        async with temporary_folder("study-") as folder:
+            study = Study.make(folder)
+            # Compute, unless somebody has.
+            outputs = await stored(objects, f"{prefix}outputs.json", Outputs)
+            if outputs is None:
+                newer = await _superseded_by(objects, task.inputs)
+                if newer is not None:
+                    log.info("inference.superseded", map=task.map, by=newer)
+                    return
+                installed = _installed(task, maps)
+                if installed.digest != task.map_digest:
+                    log.info("inference.rerouted", map=task.map, map_digest=installed.digest)
+                    current = task.model_copy(update={"map_digest": installed.digest})
+                    await publish(_requested(current, requested.time))
+                    return
+                computed = await _compute(task, attempt, study, objects=objects, runner=runner, clock=clock)
+                if isinstance(computed, Result):
+                    await _announce(await store_once(objects, f"{prefix}result.json", computed), publish)
+                    return
+                outputs = await store_once(objects, f"{prefix}outputs.json", computed)
+
+            # Push the winner's instances, which may be another attempt's.
+            pushed = await _push(outputs, study, objects=objects, archive=archive)
+    except _Failed as reason:
+        failure = Failure(
+            **task.model_dump(),
+            request_id=requested.id,
+            attempt=attempt,
+            reason_code=reason.reason_code,
+            failure_key=f"{prefix}failure.json",
+            error_type=reason.error_type,
+            where=reason.where,
+            time=clock(),
+        )
+        await _announce_failure(await store_once(objects, failure.failure_key, failure), publish)
+        return
+
+    # Store, then announce.
+    result = Result(
+        **task.model_dump(),
+        outcome="completed",
+        result_key=f"{prefix}result.json",
+        outputs=pushed,
+        duration_s=outputs.duration_s,
+        device=outputs.device,
+        attempt=outputs.attempt,
+        time=clock(),
+    )
+    await _announce(await store_once(objects, result.result_key, result), publish)
+
+
+class _Failed(Exception):  # noqa: N818 - it states what became of the attempt
+    """This attempt ends as `failure.json`."""
+
+    def __init__(self, reason_code: str, error_type: str = "", where: str = "") -> None:
+        super().__init__(reason_code)
+        self.reason_code = reason_code
+        self.error_type = error_type
+        self.where = where
+
+
+async def _compute(
+    task: InferenceTask, attempt: str, study: Study, *, objects: ObjectStore, runner: MapRunner, clock: Clock
+) -> Outputs | Result:
+    """Run the MAP, and store what it made under the attempt's own keys.
+
+    Raises:
+        _Failed: the MAP failed, or made nothing that can be pushed.
+    """
+    prefix = result_prefix(task)
+    attempt_prefix = f"{prefix}attempts/{attempt}/"
+
+    # Fetch: beside the study that computes now, and outside its permit.
+    sources = await _download_inputs(task.inputs, study, objects)
+
+    # Run. What the MAP printed may name the patient, so it lies beside the result and in no log.
+    run = await runner.run(task.map, study)
+    await objects.put(f"{attempt_prefix}log.txt", await asyncio.to_thread(study.log_tail))
+    log.info("inference.ran", map=task.map, **_told(run))
+    if run.outcome == "crashed" and run.error_type == "SIGKILL" and receive_count() == 1:
+        # Not by us, and not for memory: most likely the machine's doing, so the study gets a second chance.
+        raise Unavailable("the process of the MAP was killed")
+    if run.outcome == "no_matching_series":
+        return Result(
+            **task.model_dump(),
+            outcome="no_matching_series",
+            result_key=f"{prefix}result.json",
+            duration_s=run.duration_s,
+            device=run.device,
+            attempt=attempt,
+            time=clock(),
+        )
+    if run.outcome != "ran":
+        raise _Failed(run.outcome, run.error_type, run.where)
+
+    # Check.
+    try:
+        made = await asyncio.to_thread(made_outputs.check, study.output, sources)
+    except OutputRefused as refused:
+        raise _Failed(refused.reason_code, "", refused.where) from None
+
+    # Store.
+    outputs = tuple(_output(one, f"{attempt_prefix}{one.sop_instance_uid}.dcm") for one in made)
+    uploads = (partial(objects.upload, one.path, output.key) for one, output in zip(made, outputs, strict=True))
+    await all_of(uploads, at_once=TRANSFERS)
+    return Outputs(attempt=attempt, outputs=outputs, duration_s=run.duration_s, device=run.device, time=clock())
+
+
+async def _push(
+    outputs: Outputs, study: Study, *, objects: ObjectStore, archive: Archive
+) -> tuple[InferenceOutput, ...]:
+    """Push the stored instances, and return them with the image sets that hold them now.
+
+    Raises:
+        _Failed: `push_rejected`, `not_primary`.
+    """
+    folder = study.folder / "push"
+    await asyncio.to_thread(folder.mkdir)
+    paths = [folder / PurePosixPath(output.key).name for output in outputs.outputs]
+    await _download([(output.key, path) for output, path in zip(outputs.outputs, paths, strict=True)], objects)
+    series_uids = sorted({output.series_uid for output in outputs.outputs})
+    try:
+        await archive.push(paths)
+        image_sets = {series_uid: await archive.image_set_of(series_uid) for series_uid in series_uids}
+    except PushRejected as rejected:
+        raise _Failed(rejected.reason_code) from None
+    log.info("inference.pushed", instances=len(paths), image_sets=sorted(filter(None, image_sets.values())))
+    return tuple(
+        output.model_copy(update={"image_set_id": image_sets[output.series_uid]}) for output in outputs.outputs
+    )
+
+
+def _installed(task: InferenceTask, maps: Mapping[str, InstalledMap]) -> Map:
+    if task.map not in maps:
+        log.warning("inference.unknown_map", map=task.map)
+        raise Unavailable("this worker does not have the MAP")
+    return maps[task.map].map
+
+
+async def _superseded_by(objects: ObjectStore, inputs: Sequence[SeriesRef]) -> str | None:
+    """Return the digest of a newer revision of an input, whose own request makes this one needless."""
+    for series in inputs:
+        prefix = f"{series_prefix(series.study_uid, series.series_uid)}revisions/"
+        async for found in objects.list(prefix):
+            if found.key != revision_key(series.study_uid, series.series_uid, series.digest):
+                revision = await _revision(objects, found.key)
+                if revision.supersedes == series.digest:
+                    return revision.digest
+    return None
+
+
+async def _revision(objects: ObjectStore, key: str) -> Revision:
+    try:
+        return Revision.parse(await objects.get(key))
+    except ObjectMissing:
+        raise Unprocessable("revision_missing") from None
+
+
+async def _download_inputs(inputs: Sequence[SeriesRef], study: Study, objects: ObjectStore) -> list[Path]:
+    wanted = []
+    for series in inputs:
+        revision = await _revision(objects, series.revision_key)
+        wanted += [(one.key, study.input / PurePosixPath(one.key).name) for one in revision.instances]
+    await _download(wanted, objects)
+    return [path for _, path in wanted]
+
+
+async def _download(wanted: Iterable[tuple[str, Path]], objects: ObjectStore) -> None:
+    try:
+        await all_of((partial(objects.download, key, path) for key, path in wanted), at_once=TRANSFERS)
+    except ObjectMissing:
+        raise Unprocessable("instance_missing") from None
+
+
+def _requested(task: InferenceTask, time: datetime) -> InferenceRequested:
+    return InferenceRequested.of(result_prefix(task), task, time=time)
+
+
+def _output(one: MadeInstance, key: str) -> InferenceOutput:
+    return InferenceOutput(
+        sop_class_uid=one.sop_class_uid, sop_instance_uid=one.sop_instance_uid, series_uid=one.series_uid, key=key
+    )
+
+
+def _told(run: Run) -> dict[str, str | float]:
+    return {
+        "outcome": run.outcome,
+        "duration_s": round(run.duration_s, 3),
+        "device": run.device,
+        "error_type": run.error_type,
+        "where": run.where,
+    }
+
+
+async def _announce(result: Result, publish: Publish) -> None:
+    """Announce what is stored, so that a repeat is the same event."""
+    announced = {"outputs": result.outputs[:ANNOUNCED_OUTPUTS], "n_outputs": len(result.outputs)}
+    told = CompletedInference.model_validate(result.model_dump() | announced)
+    await publish(InferenceCompleted.of(result_prefix(told), told, time=result.time))
+    log.info("inference.done", map=told.map, outcome=told.outcome, outputs=len(told.outputs))
+
+
+async def _announce_failure(failure: Failure, publish: Publish) -> None:
+    told = FailedInference.model_validate(failure.model_dump())
+    await publish(InferenceFailed.of(result_prefix(told), told, time=failure.time))
+    place = {"error_type": failure.error_type, "where": failure.where}
+    log.warning("inference.failed", map=told.map, reason=told.reason_code, **place)

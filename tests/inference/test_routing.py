@@ -1,0 +1,127 @@
+from datetime import UTC, datetime
+
+import pytest
+from pydantic import ValidationError
+
+from services.inference import routing
+from services.inference.routing import Route, read
+from services.inference.settings import InferenceSettings
+from shared.config import Misconfigured
+from shared.dicom import Revision, StoredInstance
+
+
+def revision(n_instances=3, **attributes):
+    instances = tuple(
+        StoredInstance(sop_instance_uid=f"1.{index}", sha="0" * 16, key=f"k{index}") for index in range(n_instances)
+    )
+    return Revision(
+        dataset="d",
+        study_uid="1.2",
+        series_uid="1.3",
+        digest="a" * 32,
+        created=datetime(2026, 1, 1, tzinfo=UTC),
+        instances=instances,
+        attributes=attributes,
+    )
+
+
+def takes(condition, **attributes):
+    (keyword,) = [*(key for key in attributes if key != "n_instances"), "n_instances"][:1]
+    return Route(name="m", source="m", when={keyword: condition}).takes(revision(**attributes))
+
+
+@pytest.mark.parametrize(
+    ("condition", "attributes"),
+    [
+        ("CT", {"Modality": "CT"}),
+        (["MR", "CT"], {"Modality": "CT"}),
+        ({"regex": "(?i)lung"}, {"SeriesDescription": "thin LUNG"}),
+        ({"max": 5}, {"SliceThickness": "5.0"}),
+        ({"min": 1, "max": 5}, {"SliceThickness": 1}),
+        (5, {"SliceThickness": 5.0}),
+        ("5", {"SliceThickness": 5}),
+        ("AXIAL", {"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"]}),
+        ({"min": 0.6}, {"PixelSpacing": [0.5, 0.7]}),
+        ({"min": 3}, {"n_instances": 3}),
+    ],
+)
+def test_a_condition_holds(condition, attributes):
+    """Each form of a condition takes what it names, whether DICOM gave a number as a number or as text."""
+    assert takes(condition, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("condition", "attributes"),
+    [
+        ("CT", {"Modality": "MR"}),
+        ("CT", {"Modality": "ct"}),
+        ("CT", {"Modality": None}),
+        (["MR", "CT"], {"Modality": "US"}),
+        ({"regex": "^lung"}, {"SeriesDescription": "thin lung"}),
+        ({"max": 5}, {"SliceThickness": 5.1}),
+        ({"max": 5}, {"SeriesDescription": "no number"}),
+        (5, {"SeriesDescription": "no number"}),
+        ("AXIAL", {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}),
+        ({"min": 3}, {"n_instances": 2}),
+    ],
+)
+def test_a_condition_does_not_hold(condition, attributes):
+    """Each form of a condition leaves what it does not name."""
+    assert not takes(condition, **attributes)
+
+
+def test_a_missing_attribute_satisfies_nothing():
+    """A condition on an attribute that the series does not have is not met, whatever it allows."""
+    route = Route(name="m", source="m", when={"BodyPartExamined": {"regex": ".*"}})
+
+    assert not route.takes(revision(Modality="CT"))
+
+
+def test_every_condition_must_hold():
+    """One condition that is not met is enough to leave a series."""
+    route = Route(name="m", source="m", when={"Modality": "CT", "n_instances": {"min": 3}})
+
+    assert route.takes(revision(Modality="CT"))
+    assert not route.takes(revision(n_instances=1, Modality="CT"))
+    assert not route.takes(revision(Modality="MR"))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("maps: [", "maps.yaml: line 1, column 8: not YAML."),
+        ("- a", "maps.yaml: the document: "),
+        ("maps: [{name: a b, source: x, when: {Modality: CT}}]", "maps.yaml: maps.0.name: "),
+        ("maps: [{name: a, when: {Modality: CT}}]", "maps.yaml: maps.0.source: Field required."),
+        ("maps: [{name: a, source: x, when: {}}]", "maps.yaml: maps.0.when: "),
+        ("maps: [{name: a, source: x, when: {Modallity: CT}}]", "maps.0.when.Modallity: neither a DICOM keyword"),
+        ("maps: [{name: a, source: x, when: {Modality: {regexp: CT}}}]", "maps.0.when.Modality: expected a value"),
+        ("maps: [{name: a, source: x, when: {Modality: {regex: '('}}}]", "not a regular expression"),
+        ("maps: [{name: a, source: x, when: {Rows: {min: 2, max: 1}}}]", "min is above max"),
+        (
+            "maps: [{name: a, source: x, when: {Rows: 1}}, {name: a, source: x, when: {Rows: 1}}]",
+            "more than one MAP is named a",
+        ),
+    ],
+)
+def test_a_mistake_in_the_table_is_told_with_its_place(text, line):
+    """Whoever writes maps.yaml reads what is wrong and where."""
+    with pytest.raises(Misconfigured) as caught:
+        read(text)
+
+    assert line in str(caught.value)
+
+
+def test_the_table_of_this_repository_takes_a_ct_volume_and_no_single_slice():
+    """What ships routes CT series of at least three instances, and nothing else."""
+    (route,) = read(InferenceSettings().maps_file.read_text()).maps
+
+    assert route.takes(revision(n_instances=3, Modality="CT"))
+    assert not route.takes(revision(n_instances=1, Modality="CT"))
+    assert not route.takes(revision(n_instances=30, Modality="MR"))
+
+
+def test_a_route_needs_a_condition():
+    """A MAP that would take everything is a mistake."""
+    with pytest.raises(ValidationError):
+        routing.Route(name="m", source="m", when={})
