@@ -1,0 +1,53 @@
+"""The parameters of a training, checked: what config.js holds, as one frozen object."""
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.alias_generators import to_camel
+
+Value = int | float | str | bool
+
+
+class InvalidConfig(ValueError):  # noqa: N818 - it states a fact about the file
+    """A parameter is unknown, missing, of the wrong type or out of range; the text names it, never its value."""
+
+
+class UnknownParameter(InvalidConfig):
+    """A change names a parameter that the file does not have."""
+
+
+class TrainingConfig(BaseModel):
+    """Each field has, in camelCase, the name that it has in config.js, where its meaning stands beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, alias_generator=to_camel)
+
+    image_size: int = Field(ge=16, le=128)
+    latent_dim: int = Field(ge=1, le=1024)
+    width: int = Field(ge=1, le=256)
+    steps: int = Field(ge=1, le=10_000_000)
+    batch_size: int = Field(ge=2, le=4096)
+    learning_rate: float = Field(gt=0, le=1)
+    beta2: float = Field(ge=0, lt=1)
+    gamma: float = Field(ge=0, le=1e6)
+    ema_images: float = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
+
+    @field_validator("image_size")
+    @classmethod
+    def _power_of_two(cls, size: int) -> int:
+        if size & (size - 1):
+            raise ValueError("not a power of two")
+        return size
+
+    @classmethod
+    def of(cls, parameters: dict[str, Value]) -> Self:
+        """Check what `read_config` returned.
+
+        Raises:
+            InvalidConfig: the text names the parameters.
+        """
+        try:
+            return cls.model_validate(parameters)
+        except ValidationError as error:
+            places = sorted({f"{detail['loc'][0]} ({detail['type']})" for detail in error.errors()})
+            raise InvalidConfig(", ".join(places)) from None
