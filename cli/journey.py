@@ -1,0 +1,296 @@
+"""Follows uploads to their results by what is in the bucket: the only state there is.
+
+Theory of operation. An instance is stored under a key made of its UIDs and its hash, which are known before the upload.
+A series has settled when a revision lists all that was uploaded of it; the newest such revision is followed, as older
+ones are superseded. Inference writes `routing.json` beside its results: which MAPs run on that revision, none where no
+route matches. A MAP has ended when its `result.json` or its `failure.json` is there. What ingest refused is found in
+quarantine by its hash, if it was refused after this upload: an earlier refusal may have been of other limits. So
+following needs no message, can begin at any time, and ends at once where all is there.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cli.client import Client, Refused, Stored
+from cli.uploads import Instance, Upload, instances
+from shared.dicom import Revision, revision_key, series_prefix, stored_instance
+
+POLL_S = 1.0
+LOOKS_PER_LISTING = 5
+"""A series that has settled may get a newer revision, which is looked for at every so many looks."""
+STAGES = ("uploaded", "stored", "settled", "inferred", "pushed")
+ENDS = {"pushed", "skipped", "no_match", "failed", "rejected"}
+"""Stages that nothing follows. `skipped`: no route leads to a MAP; `no_match`: the MAPs found no series to work on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """An object that is in quarantine."""
+
+    path: Path
+    """The uploaded file, or the zip that it is in."""
+    object_sha256: str
+    reason_code: str
+    place: str
+    """An element, a member's number: where in the object; may be empty."""
+
+
+@dataclass(slots=True)
+class Series:
+    """One uploaded series on its way."""
+
+    study_uid: str
+    series_uid: str
+    modality: str
+    dataset: str
+    expected: dict[str, Instance]
+    """By SOPInstanceUID."""
+    stage: str = "uploaded"
+    digest: str | None = None
+    maps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What each MAP's result.json or failure.json says, by the MAP's name."""
+    rejections: list[Rejection] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Since the following began, when each stage was first seen."""
+    revisions: dict[str, Revision] = field(default_factory=dict)
+    routes: list[str] | None = None
+    """The MAPs that run on the revision `routed_digest`."""
+    routed_digest: str | None = None
+    looks: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is going to happen."""
+        return self.stage in ENDS
+
+    @property
+    def n_instances(self) -> int:
+        """How many were uploaded and not refused."""
+        return len(self.expected)
+
+    @property
+    def revision(self) -> Revision | None:
+        """The revision that is followed."""
+        return self.revisions.get(revision_key(self.study_uid, self.series_uid, self.digest or ""))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Codes of what was noticed in it; services/ingest/reasons.py says what each means."""
+        return self.revision.warnings if self.revision else ()
+
+    @property
+    def outputs(self) -> list[dict[str, Any]]:
+        """The instances that the MAPs made."""
+        return [output for result in self.maps.values() for output in result.get("outputs", [])]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `--json` prints of it."""
+        return {
+            "study_uid": self.study_uid,
+            "series_uid": self.series_uid,
+            "modality": self.modality,
+            "n_instances": self.n_instances,
+            "stage": self.stage,
+            "digest": self.digest,
+            "warnings": self.warnings,
+            "results": [
+                {
+                    "map": name,
+                    "outcome": result.get("outcome", "failed"),
+                    "reason_code": result.get("reason_code"),
+                    "duration_s": result.get("duration_s"),
+                    "outputs": result.get("outputs", []),
+                }
+                for name, result in self.maps.items()
+            ],
+            "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
+        }
+
+
+class Journey:
+    """A set of uploads being followed."""
+
+    def __init__(self, client: Client, uploads: Iterable[Upload]) -> None:
+        """Read what is in the uploads; the clock of `Series.seconds` starts here."""
+        self._client = client
+        self._started = time.monotonic()
+        self.series: list[Series] = []
+        self.rejections: list[Rejection] = []
+        """Of objects that belong to no series."""
+        self.waiting_for: set[str] = set()
+        """Hashes of objects that are no DICOM: only a rejection can come of them."""
+        self._uploads = {upload.sha256: upload for upload in uploads}
+        by_uid: dict[tuple[str, str], Series] = {}
+        for upload in self._uploads.values():
+            found = instances(upload)
+            if not found:
+                self.waiting_for.add(upload.sha256)
+            for instance in found:
+                uids = instance.study_uid, instance.series_uid
+                if uids not in by_uid:
+                    by_uid[uids] = Series(*uids, instance.modality, upload.key.split("/")[1], {})
+                    self.series.append(by_uid[uids])
+                by_uid[uids].expected[instance.sop_instance_uid] = instance
+
+    @property
+    def ended(self) -> bool:
+        """Whether everything came to an end, good or bad."""
+        return not self.waiting_for and all(series.ended for series in self.series)
+
+    @property
+    def all_rejections(self) -> list[Rejection]:
+        """Everything that was refused."""
+        of_series = (rejection for series in self.series for rejection in series.rejections)
+        return list(dict.fromkeys([*self.rejections, *of_series]))
+
+    def look(self) -> None:
+        """Bring everything up to date."""
+        for sha256 in sorted(self.waiting_for):
+            if (rejection := self._rejection(sha256, sha256)) is not None:
+                self.rejections.append(rejection)
+                self.waiting_for.discard(sha256)
+        for series in self.series:
+            if not series.ended:
+                self._look_at(series)
+                self._reached(series)
+
+    def wait(self, timeout_s: float, seen: Callable[["Journey"], None] = lambda _: None) -> None:
+        """Look until everything came to an end; `seen` is called after each look. Raises `Refused` when time is up."""
+        until = time.monotonic() + timeout_s
+        while True:
+            self.look()
+            seen(self)
+            if self.ended:
+                return
+            if time.monotonic() > until:
+                raise Refused(
+                    f"not finished after {timeout_s:.0f} s; the work goes on, and the same command waits again: "
+                    f"{self.unfinished()}"
+                )
+            time.sleep(POLL_S)
+
+    def unfinished(self) -> str:
+        """Say what has not come to an end, for people."""
+        parts = [f"series {series.series_uid} is {series.stage}" for series in self.series if not series.ended]
+        parts += [f"{self._uploads[one].path} was neither taken nor refused" for one in sorted(self.waiting_for)]
+        return "; ".join(parts[:5]) + (f"; and {len(parts) - 5} more" if len(parts) > 5 else "")  # noqa: PLR2004
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "series": [series.summary() for series in self.series],
+            "rejections": [asdict(rejection) | {"path": str(rejection.path)} for rejection in self.all_rejections],
+        }
+
+    def _reached(self, series: Series) -> None:
+        elapsed = time.monotonic() - self._started
+        passed = STAGES[: STAGES.index(series.stage) + 1] if series.stage in STAGES else (series.stage,)
+        for stage in passed:
+            series.seconds.setdefault(stage, elapsed)
+
+    def _look_at(self, series: Series) -> None:
+        series.looks += 1
+        if series.digest is None or series.looks % LOOKS_PER_LISTING == 0:
+            self._find_revision(series)
+        if series.digest is not None:
+            self._find_results(series, f"results/{series.study_uid}/{series.series_uid}/{series.digest}/")
+
+    def _find_revision(self, series: Series) -> None:
+        found = self._client.stored(series_prefix(series.study_uid, series.series_uid))
+        self._find_missing(series, found)
+        if not series.expected:
+            series.stage = "rejected"
+            return
+        revision = self._newest_revision(series, found)
+        if revision is not None and revision.digest != series.digest:
+            series.stage, series.digest, series.maps = "settled", revision.digest, {}
+
+    def _find_missing(self, series: Series, found: Sequence[Stored]) -> None:
+        """Look for each instance that is not stored among the refused ones."""
+        stored = {(item.sop_instance_uid, item.sha) for item in map(stored_instance, _keys(found)) if item is not None}
+        stored_uids = {sop_instance_uid for sop_instance_uid, _ in stored}
+        missing = [
+            instance
+            for uid, instance in series.expected.items()
+            if (uid not in stored_uids if instance.sha is None else (uid, instance.sha) not in stored)
+        ]
+        for instance in missing:
+            rejection = self._rejection(instance.object_sha256, instance.upload_sha256)
+            if rejection is None and instance.upload_sha256 != instance.object_sha256:
+                rejection = self._rejection(instance.upload_sha256, instance.upload_sha256)
+            if rejection is None:
+                return  # the others are probably on their way too, and are looked for next time
+            series.rejections.append(rejection)
+            del series.expected[instance.sop_instance_uid]
+        if series.expected and series.digest is None:
+            series.stage = "stored"
+
+    def _newest_revision(self, series: Series, found: Sequence[Stored]) -> Revision | None:
+        """Return the newest revision that holds everything uploaded."""
+        expected = {(uid, instance.sha) for uid, instance in series.expected.items()}
+        for stored in sorted(found, key=lambda item: item.last_modified, reverse=True):
+            if "/revisions/" not in stored.key or not stored.key.endswith(".json"):
+                continue
+            if stored.key not in series.revisions:
+                series.revisions[stored.key] = Revision.parse(self._client.get(stored.key) or b"")
+            revision = series.revisions[stored.key]
+            held = {(item.sop_instance_uid, item.sha) for item in revision.instances}
+            uids = {uid for uid, _ in held}
+            if all((uid, sha) in held if sha else uid in uids for uid, sha in expected):
+                return revision
+        return None
+
+    def _find_results(self, series: Series, prefix: str) -> None:
+        keys = _keys(self._client.stored(prefix))
+        if f"{prefix}routing.json" not in keys:
+            return
+        if series.routes is None or series.routed_digest != series.digest:
+            routing = self._client.get_json(f"{prefix}routing.json") or {}
+            series.routes, series.routed_digest = [route["map"] for route in routing["maps"]], series.digest
+        if not series.routes:
+            series.stage = "skipped"
+            return
+        for name in series.routes:
+            if name not in series.maps and (ended := _ended(keys, f"{prefix}{name}@")) is not None:
+                series.maps[name] = json.loads(self._client.get(ended) or b"{}")
+        if len(series.maps) == len(series.routes):
+            series.stage = _end_of(series.maps.values())
+        elif all(_under(keys, f"{prefix}{name}@", "outputs.json") for name in series.routes):
+            series.stage = "inferred"
+
+    def _rejection(self, sha256: str, upload_sha256: str) -> Rejection | None:
+        upload = self._uploads[upload_sha256]
+        key = f"quarantine/{sha256}/reason.json"
+        reason = self._client.get_json(key)
+        if reason is None or self._is_older(key, upload.key):
+            return None
+        return Rejection(upload.path, sha256, reason["reason_code"], reason["place"])
+
+    def _is_older(self, key: str, than: str) -> bool:
+        """Compare when two objects were written, by S3's own clock; False where one is gone."""
+        written, other = self._client.modified(key), self._client.modified(than)
+        return written is not None and other is not None and written < other
+
+
+def _under(keys: Iterable[str], start: str, ending: str) -> str | None:
+    """Return the key of a MAP's record; its digest is left open, as a worker with a newer MAP answers under its own."""
+    return next((key for key in keys if key.startswith(start) and key.endswith("/" + ending)), None)
+
+
+def _ended(keys: Sequence[str], start: str) -> str | None:
+    return _under(keys, start, "result.json") or _under(keys, start, "failure.json")
+
+
+def _end_of(results: Iterable[dict[str, Any]]) -> str:
+    outcomes = {result.get("outcome", "failed") for result in results}
+    if "failed" in outcomes:
+        return "failed"
+    return "pushed" if "completed" in outcomes else "no_match"
+
+
+def _keys(found: Iterable[Stored]) -> list[str]:
+    return [stored.key for stored in found]

@@ -1,0 +1,308 @@
+"""What people ask for: results of a study, a training, a month's report."""
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from cli.client import Client, Refused, WrongUsage, now
+from services.trainer import config
+from services.trainer.jsconfig import read_config
+from shared.dicom import is_uid
+from shared.messages import Name, ReportRequest, ReportRequested, TrainingRequest, TrainingRequested
+
+POLL_S = 1.0
+Found = TypeVar("Found")
+Value = int | float | str | bool
+NAME: TypeAdapter[str] = TypeAdapter(Name)
+CONFIG = Path(config.__file__).with_name("config.js")
+RESULT = re.compile(r"results/[^/]+/(?P<series>[^/]+)/[^/]+/[^/@]+@[^/]+/result\.json")
+OF_MODEL = re.compile(
+    r"(config|first_config)\.js|completed\.json|generator\.\w+|images\.\w+"
+    r"|rounds/\d+/(evaluation\.json|(config|images)\.\d+\.\w+)"
+)
+"""What is fetched of a training: checkpoints and the trainer's own notes are left out."""
+WHY_NOT = {
+    "no_data": "the dataset has no images",
+    "too_little_data": "found {n_training} images to train on and {n_held_out} of other patients to judge by, needs "
+    "{min_images} of each: upload more patients to the dataset",
+    "images_too_small": "the images are smaller than imageSize",
+}
+
+
+def name(text: str) -> str:
+    """Return a dataset's name. Raises `Refused` where it is none."""
+    try:
+        return NAME.validate_python(text)
+    except ValidationError:
+        raise WrongUsage(f"{text} is no name: use letters, digits, '_', '.' and '-', at most 128") from None
+
+
+# Results.
+
+
+def fetch_results(client: Client, study_uid: str, out: Path) -> list[dict[str, Any]]:
+    """Write the newest outputs of every MAP on every series of a study into `out/<series>/<map>/`.
+
+    Returns:
+        What each result.json says, with `files`, the paths written, and `warnings` of the series.
+
+    Raises:
+        Refused: the study has no results.
+    """
+    if not is_uid(study_uid):
+        raise WrongUsage(f"{study_uid} is no StudyInstanceUID")
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for series, result in sorted(_results(client, study_uid), key=lambda found: _age(client, found[1])):
+        newest[series, result["map"]] = result
+    if not newest:
+        known = "has no results yet" if client.stored(f"studies/{study_uid}/", at_most=1) else "is not known"
+        raise Refused(f"study {study_uid} {known}")
+    found = []
+    for (series, name), result in newest.items():
+        folder = out / series / name
+        files = list(_download(client, result["outputs"], folder))
+        (folder / "result.json").write_text(json.dumps(result, indent=1))
+        warnings = _revision(client, result).get("warnings", [])
+        found.append(result | {"files": [str(path) for path in files], "warnings": warnings})
+    return found
+
+
+def _results(client: Client, study_uid: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the part of the key that names the series, and the result."""
+    for stored in client.stored(f"results/{study_uid}/"):
+        if (match := RESULT.fullmatch(stored.key)) is not None:
+            yield match["series"], json.loads(client.get(stored.key) or b"{}")
+
+
+def _age(client: Client, result: dict[str, Any]) -> tuple[str, str]:
+    """Order results by their revisions: one of an older revision may have been finished later."""
+    return _revision(client, result).get("created", ""), result["time"]
+
+
+def _revision(client: Client, result: dict[str, Any]) -> dict[str, Any]:
+    return client.get_json(result["inputs"][0]["revision_key"]) or {}
+
+
+def _download(client: Client, outputs: Sequence[dict[str, Any]], folder: Path) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for output in outputs:
+        path = folder / f"{Path(output['sop_instance_uid']).name}.dcm"
+        client.download(output["key"], path)
+        yield path
+
+
+# Trainings.
+
+
+def training_request(
+    dataset: str,
+    *,
+    request_id: str | None = None,
+    threshold: float | None = None,
+    max_rounds: int | None = None,
+    n_images: int | None = None,
+    overrides: dict[str, Value] | None = None,
+) -> TrainingRequest:
+    """Make a request; what is None is left to the contract's defaults.
+
+    Raises:
+        WrongUsage: a value is not allowed.
+    """
+    if overrides:
+        _check_overrides(overrides)
+    identity = request_id or f"{dataset}-{now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    asked = {"threshold": threshold, "max_rounds": max_rounds, "n_images": n_images, "overrides": overrides}
+    given = {name: value for name, value in asked.items() if value is not None}
+    try:
+        return TrainingRequest.model_validate({"request_id": identity, "dataset": dataset, **given})
+    except ValidationError as error:
+        reasons = (f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
+        raise WrongUsage("; ".join(reasons)) from None
+
+
+def _check_overrides(overrides: dict[str, Value]) -> None:
+    """Check them as the trainer will, on top of the shipped config.js. Raises `WrongUsage`."""
+    shipped = read_config(CONFIG.read_text("utf-8"))
+    try:
+        config.TrainingConfig.of(shipped | overrides)
+    except config.InvalidConfig as error:
+        known = ", ".join(f"{name}={value}" for name, value in shipped.items())
+        why = str(error).replace("extra_forbidden", "unknown")
+        raise WrongUsage(f"--set {why}. The parameters and their defaults: {known}") from None
+
+
+def parse_override(text: str) -> tuple[str, Value]:
+    """Read `name=value`: a number, true or false, or text. Raises `WrongUsage`."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise WrongUsage(f"--set {text}: write name=value, such as --set steps=800")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return name, value
+    return name, parsed if isinstance(parsed, int | float | bool | str) else value
+
+
+def require_data(client: Client, dataset: str) -> None:
+    """Make sure that there is something to train on. Raises `Refused`."""
+    if not client.stored(f"datasets/{dataset}/", at_most=1):
+        raise Refused(f"there is no training data in the dataset {dataset}: upload images to it first")
+
+
+def send_training(client: Client, request: TrainingRequest) -> None:
+    """Send a training request."""
+    client.send(TrainingRequested.of(request.request_id, request, time=now()))
+
+
+class Training:
+    """A training being followed, by what is under `models/<request id>/`."""
+
+    def __init__(self, client: Client, request: TrainingRequest) -> None:
+        """Begin, before the request is sent: a failure that is there now is an earlier try's, and is passed over."""
+        self._client = client
+        self._folder = f"models/{request.request_id}"
+        self._earlier_failure = client.get_json(f"{self._folder}/failure.json")
+        self.request_id, self.threshold = request.request_id, request.threshold
+        self.state = "requested"
+        """requested, training, approved, rounds used up, failed"""
+        self.rounds: list[dict[str, Any]] = []
+        """What each round's evaluation.json tells, and `rule`: why it had the parameters that it had."""
+        self.completion: dict[str, Any] | None = None
+        self.reason_code: str | None = None
+        """Why it failed."""
+        self.why = ""
+        """The same for people, with what to do."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is going to happen."""
+        return self.completion is not None or self.reason_code is not None
+
+    @property
+    def approved(self) -> bool:
+        """Whether the model that was kept is good enough."""
+        return self.completion is not None and bool(self.completion["approved"])
+
+    @property
+    def keys(self) -> list[str]:
+        """What was made, in the bucket."""
+        if self.completion is None:
+            return []
+        return [self.completion[name] for name in ("generator_key", "images_key", "images_array_key")]
+
+    def look(self) -> None:
+        """Bring everything up to date."""
+        while (done := self._client.get_json(self._round_key(len(self.rounds) + 1))) is not None:
+            self.rounds.append(done["told"] | {"rule": done["rule"]})
+        if (completed := self._client.get_json(f"{self._folder}/completed.json")) is not None:
+            self.completion = completed["told"]
+            self.state = "approved" if self.approved else "rounds used up"
+            return
+        failed = self._client.get_json(f"{self._folder}/failure.json")
+        if failed is not None and failed != self._earlier_failure:
+            code = self.reason_code = failed["told"]["reason_code"]
+            self.state = f"failed: {code}"
+            self.why = WHY_NOT.get(code, code).format(**failed["numbers"])
+        elif self.rounds or self._client.exists(f"{self._folder}/options.json"):
+            self.state = "training"
+
+    def wait(self, timeout_s: float, seen: Callable[["Training"], None] = lambda _: None) -> None:
+        """Look until it ended; `seen` is called after each look. Raises `Refused` when time is up."""
+
+        def look() -> bool | None:
+            self.look()
+            seen(self)
+            return self.ended or None
+
+        until(
+            look,
+            timeout_s,
+            f"training {self.request_id} is {self.state}, {len(self.rounds)} rounds done; it goes on, and the same "
+            f"command with --request-id {self.request_id} waits again",
+        )
+
+    def fetch(self, out: Path) -> list[Path]:
+        """Write the model, its images and its rounds below `out`, and return the paths."""
+        names = (stored.key.removeprefix(f"{self._folder}/") for stored in self._client.stored(f"{self._folder}/"))
+        paths = [out / name for name in names if OF_MODEL.fullmatch(name)]
+        for path in paths:
+            self._client.download(f"{self._folder}/{path.relative_to(out)}", path)
+        return paths
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "request_id": self.request_id,
+            "state": self.state,
+            "approved": self.approved,
+            "reason_code": self.reason_code,
+            "why": self.why,
+            "rounds": [
+                {
+                    "round": done["round"],
+                    "steps": done["steps"],
+                    "rule": done["rule"],
+                    "approved": done["approved"],
+                    "duration_s": done["duration_s"],
+                    **done["evaluation"],
+                }
+                for done in self.rounds
+            ],
+            "keys": self.keys,
+        }
+
+    def _round_key(self, number: int) -> str:
+        return f"{self._folder}/rounds/{number}/evaluation.json"
+
+
+# Reports.
+
+
+def make_report(client: Client, month: str, *, timeout_s: float) -> dict[str, Any]:
+    """Ask for the report of a month, and return it when it is there. Raises `Refused` when time is up."""
+    request = ReportRequest(month=month)
+    key = f"reports/{month}.json"
+    before = (client.get_json(key) or {}).get("generated_at")
+    client.send(ReportRequested.of(month, request, time=now()))
+
+    def newer() -> dict[str, Any] | None:
+        found = client.get_json(key)
+        return found if found is not None and found["generated_at"] != before else None
+
+    return until(newer, timeout_s, f"the report of {month} was not made; is the reporter running? (`radqueue status`)")
+
+
+def save_report(client: Client, month: str, out: Path) -> list[Path]:
+    """Write a report's numbers and its page, which links to them, into `out`, and return the paths."""
+    paths = [out / f"{month}.{ending}" for ending in ("json", "html")]
+    for path in paths:
+        client.download(f"reports/{path.name}", path)
+    return paths
+
+
+def month(text: str | None) -> str:
+    """Return the month, YYYY-MM; without one, this month in UTC. Raises `WrongUsage`."""
+    this = f"{now():%Y-%m}"
+    try:
+        asked = ReportRequest(month=text).month or this
+    except ValidationError:
+        raise WrongUsage(f"{text} is no month: write YYYY-MM") from None
+    if asked > this:
+        raise WrongUsage(f"{asked} has not begun")
+    return asked
+
+
+def until(look: Callable[[], Found | None], timeout_s: float, why: str) -> Found:
+    """Look until there is something, and return it. Raises `Refused` with `why` when time is up."""
+    end = time.monotonic() + timeout_s
+    while (found := look()) is None:
+        if time.monotonic() > end:
+            raise Refused(f"after {timeout_s:.0f} s, {why}")
+        time.sleep(POLL_S)
+    return found

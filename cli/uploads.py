@@ -1,0 +1,142 @@
+"""From paths to uploads: what is sent, under which key, and which DICOM instances are in it.
+
+A key is made of the dataset and the hash of the content: it holds no file name, which may hold a patient's, the same
+file is the same object, and no two files meet.
+"""
+
+import contextlib
+import hashlib
+import io
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli.client import Client, Refused
+from shared.dicom import is_uid, sha_of, silence
+
+CHUNK_BYTES = 1024 * 1024
+AT_ONCE = 4
+"""Files that are uploaded at the same time."""
+ZIP_MAGIC = b"PK\x03\x04"
+PREAMBLE_BYTES = 132
+GROUP_LENGTH_BYTES = 12
+"""The element (0002,0000) itself, which its value does not count."""
+HEADER_TAGS = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "Modality"]
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One file to send."""
+
+    path: Path
+    key: str
+    size: int
+    sha256: str
+    """Of the whole file: what it is called in quarantine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One DICOM instance in an upload: the file itself, or a member of a zip."""
+
+    study_uid: str
+    series_uid: str
+    sop_instance_uid: str
+    sha: str | None
+    """As in the instance's key in `studies/`; None where the file is not Part 10, so it cannot be told from outside."""
+    modality: str
+    object_sha256: str
+    upload_sha256: str
+    """Of the zip, for a member."""
+
+
+def collect(paths: Sequence[Path], dataset: str) -> list[Upload]:
+    """Return every file under `paths`, folders being searched, hidden files left out; the same content once.
+
+    Raises:
+        Refused: a path cannot be read, or there is nothing to send.
+    """
+    uploads: dict[str, Upload] = {}
+    for path in (found for given in paths for found in _files(given)):
+        try:
+            digest = _sha256(path)
+            size = path.stat().st_size
+        except OSError as error:
+            raise Refused(f"cannot read {path}: {error.strerror}") from None
+        key = f"incoming/{dataset}/{digest}{_suffix(path)}"
+        uploads.setdefault(digest, Upload(path, key, size, digest))
+    if not uploads:
+        raise Refused(f"there is no file in {', '.join(map(str, paths))}")
+    return list(uploads.values())
+
+
+def send(client: Client, uploads: Sequence[Upload], told: Callable[[int], None]) -> None:
+    """Upload all of them, several at a time; `told` is called with the bytes that went, from any thread."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for done in [pool.submit(client.upload, upload.path, upload.key, told) for upload in uploads]:
+            done.result()
+
+
+def instances(upload: Upload) -> list[Instance]:
+    """Read the headers of what is in an upload; files that are no DICOM are left out."""
+    silence()
+    found = (_instance(body, upload.sha256) for body in _bodies(upload.path))
+    return [instance for instance in found if instance is not None]
+
+
+def _files(given: Path) -> Iterator[Path]:
+    if given.is_dir():
+        for path in sorted(given.rglob("*")):
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(given).parts):
+                yield path
+    elif given.exists():
+        yield given
+    else:
+        raise Refused(f"{given} does not exist")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return suffix if re.fullmatch(r"\.[a-z]{1,5}", suffix) else ""
+
+
+def _bodies(path: Path) -> Iterator[bytes]:
+    """Yield the file's content, or that of each member of a zip that can be read."""
+    with path.open("rb") as file:
+        if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+            yield path.read_bytes()
+            return
+    # Encrypted, damaged, of an unknown method: ingest says which, here nothing is expected of it.
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            with contextlib.suppress(Exception):
+                yield archive.read(entry)
+
+
+def _instance(body: bytes, upload_sha256: str) -> Instance | None:
+    from pydicom import dcmread  # noqa: PLC0415 - only whoever waits for results needs it
+
+    try:
+        header = dcmread(io.BytesIO(body), stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
+        uids = [str(header.get(name, "")) for name in HEADER_TAGS[:3]]
+        modality = str(header.get("Modality", ""))
+        group_length = header.file_meta.get("FileMetaInformationGroupLength")
+    except Exception:  # noqa: BLE001 - whatever a damaged file makes pydicom raise
+        return None
+    if not all(uid and is_uid(uid) for uid in uids):
+        return None
+    sha = None
+    if body[PREAMBLE_BYTES - 4 : PREAMBLE_BYTES] == b"DICM" and isinstance(group_length, int):
+        sha = sha_of(body[PREAMBLE_BYTES + GROUP_LENGTH_BYTES + group_length :])
+    return Instance(uids[0], uids[1], uids[2], sha, modality, hashlib.sha256(body).hexdigest(), upload_sha256)

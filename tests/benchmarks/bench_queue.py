@@ -1,0 +1,295 @@
+"""What the queue runtime costs: processor time of a client per 1,000 messages, against receive and delete alone.
+
+The server is a process of its own, and so is each client, which counts its own processor time only, user and system.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+from shared import log
+from shared.aws import Aws, connect
+from shared.config import ServiceSettings
+from shared.messages import ReportRequest, ReportRequested
+from shared.metrics import Metrics
+from shared.queue import consume
+from shared.queue.leases import LeaseKeeper
+from shared.queue.sqs import batches, open_queue
+from shared.queue.trace import new_traceparent
+
+ROOT = Path(__file__).parent.parent.parent
+QUEUE = "radqueue-bench"
+MESSAGES, WARM_UP, REPEATS = 2_000, 200, 5
+HELD = 1_000
+MEMORY_MESSAGES, MEMORY_S = 100_000, 110.0
+"""As many, or as many as the server lets through in this time."""
+SAMPLES = 50
+BACKLOG = 2_000
+"""Messages that wait in the queue at most: the server gets slower with more."""
+NOW = datetime(2026, 11, 2, tzinfo=UTC)
+SETTINGS = ServiceSettings(poll_s=1)
+
+
+def rows() -> list[dict[str, Any]]:
+    """Run both clients in turn, then the long run, then the keeper; the ratio is the median of the pairs' ratios."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        url = stack.enter_context(_server("tests.queue.fakesqs"))
+        local = stack.enter_context(_server("deploy.local", "--port", "0", "--dir", folder))
+        server = _Server(stack, url, local)
+        ran: dict[str, list[dict[str, float]]] = {"runtime": [], "bare": []}
+        for _ in range(REPEATS):
+            for which, found in ran.items():
+                server.fill(WARM_UP + MESSAGES)
+                found.append(server.client(which, MESSAGES))
+        rate = statistics.median(one["per_s"] for one in ran["runtime"])
+        memory = server.long_run(min(MEMORY_MESSAGES, int(rate * MEMORY_S)))
+        server.fill(HELD)
+        keeper = server.client("keeper", HELD)
+
+    cpu = {which: statistics.median(one["cpu_s"] for one in found) for which, found in ran.items()}
+    pairs = zip(ran["runtime"], ran["bare"], strict=True)
+    ratio = statistics.median(ours["cpu_s"] / bare["cpu_s"] for ours, bare in pairs)
+    what, n = "CPU of a client per 1,000 messages", MESSAGES * REPEATS
+    return [
+        _row(f"{what}, consume: typed, traced, metered, logged", cpu["runtime"], "s", n),
+        _row(f"{what}, receive and delete_message_batch", cpu["bare"], "s", n),
+        _row(f"{what}, ratio", ratio, "x", n),
+        _row("messages per second, consume, one server process", rate, "1/s", n),
+        _row("lease renewal per message, CPU", keeper["cpu_ms"], "ms", HELD),
+        _row("lease renewal per message, wall, one server process", keeper["wall_ms"], "ms", HELD),
+        _row("resident memory per message, slope", memory["slope_bytes"], "B", int(memory["n"])),
+        _row("resident memory at the end of that", memory["end_mib"], "MiB", int(memory["n"])),
+    ]
+
+
+def _row(what: str, value: float, unit: str, n: int) -> dict[str, Any]:
+    return {"bench": "queue", "what": what, "value": value, "unit": unit, "n": n}
+
+
+@contextlib.contextmanager
+def _server(module: str, *arguments: str) -> Iterator[str]:
+    """Run a server that says `ready URL`, and give its URL."""
+    command = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            word, _, url = process.stdout.readline().strip().partition(" ")
+            if word != "ready":
+                raise RuntimeError(f"{module} did not start")
+            yield url
+        finally:
+            process.terminate()
+
+
+class _Server:
+    """The queue as whoever fills it sees it."""
+
+    def __init__(self, stack: contextlib.ExitStack, url: str, cloudwatch_url: str) -> None:
+        self._url = url
+        self._environ = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ENDPOINT_URL_CLOUDWATCH": cloudwatch_url,
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "local",
+            "AWS_SECRET_ACCESS_KEY": "local",
+        }
+        self._sqs = stack.enter_context(
+            contextlib.closing(
+                boto3.client(
+                    "sqs",
+                    endpoint_url=url,
+                    region_name="us-east-1",
+                    aws_access_key_id="local",
+                    aws_secret_access_key="local",
+                )
+            )
+        )
+        dead = self._sqs.create_queue(QueueName=f"{QUEUE}-dlq")["QueueUrl"]
+        arn = self._sqs.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+        policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 50})
+        self._queue_url = self._sqs.create_queue(QueueName=QUEUE, Attributes={"RedrivePolicy": policy})["QueueUrl"]
+
+    def fill(self, n: int) -> None:
+        """Send `n` different events."""
+        bodies = (
+            ReportRequested.of(f"bench/{index}", ReportRequest(), time=NOW)
+            .model_copy(update={"traceparent": new_traceparent()})
+            .body()
+            for index in range(n)
+        )
+        for some in batches(bodies):
+            entries = [{"Id": str(index), "MessageBody": body} for index, body in enumerate(some)]
+            self._sqs.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
+
+    def client(self, which: str, n: int) -> dict[str, float]:
+        """Run a client to its end; returns what it measured."""
+        process = self._start(which, n)
+        told, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"the client {which} ended with {process.returncode}")
+        return json.loads(told)
+
+    def long_run(self, n: int) -> dict[str, float]:
+        """Run the runtime over `n` messages, which come while it runs."""
+        sent = 0
+        with self._start("memory", n) as process:
+            while sent < n and process.poll() is None:
+                room = min(BACKLOG - self._backlog(), n - sent)
+                if room >= min(BACKLOG // 2, n - sent):
+                    self.fill(room)
+                    sent += room
+                else:
+                    time.sleep(0.1)
+            told, _ = process.communicate()
+        return json.loads(told)
+
+    def _backlog(self) -> int:
+        asked: Any = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        answer = self._sqs.get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=asked)
+        return sum(map(int, answer["Attributes"].values()))
+
+    def _start(self, which: str, n: int) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "tests.benchmarks.bench_queue", which, str(n)]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        return subprocess.Popen(command, cwd=ROOT, env=environ | self._environ, stdout=subprocess.PIPE, text=True)
+
+
+# The clients.
+
+
+async def _client(which: str, n: int) -> dict[str, float]:
+    with Path(os.devnull).open("w") as nowhere:
+        log.setup("bench", stream=nowhere)
+        async with connect(os.environ) as aws:
+            return await CLIENTS[which](aws, n)
+
+
+async def _runtime(aws: Aws, n: int) -> dict[str, float]:
+    metrics = Metrics(aws.cloudwatch)
+    await _consume(aws, WARM_UP, metrics)
+    await metrics.flush()
+    cpu, wall = _cpu_s(), time.perf_counter()
+    wall_s = await _consume(aws, n, metrics) - wall
+    await metrics.flush()
+    return {"cpu_s": (_cpu_s() - cpu) * 1_000 / n, "per_s": n / wall_s}
+
+
+async def _consume(aws: Aws, n: int, metrics: Metrics, each: Callable[[int], None] = lambda _: None) -> float:
+    """Consume `n` messages; returns when the last one was handled."""
+    stop = asyncio.Event()
+    n_handled, ended = 0, 0.0
+
+    async def handle(_: ReportRequested) -> None:
+        nonlocal n_handled, ended
+        n_handled += 1
+        each(n_handled)
+        if n_handled == n:
+            ended = time.perf_counter()
+            stop.set()
+
+    await consume({ReportRequested: handle}, aws.sqs, QUEUE, settings=SETTINGS, stop=stop, metrics=metrics)
+    return ended
+
+
+async def _bare(aws: Aws, n: int) -> dict[str, float]:
+    url = (await aws.sqs.get_queue_url(QueueName=QUEUE))["QueueUrl"]
+    await _receive_and_delete(aws, url, WARM_UP)
+    cpu, wall = _cpu_s(), time.perf_counter()
+    await _receive_and_delete(aws, url, n)
+    return {"cpu_s": (_cpu_s() - cpu) * 1_000 / n, "per_s": n / (time.perf_counter() - wall)}
+
+
+async def _receive_and_delete(aws: Aws, url: str, n: int) -> None:
+    n_deleted = 0
+    while n_deleted < n:
+        received = await aws.sqs.receive_message(
+            QueueUrl=url,
+            MaxNumberOfMessages=10,
+            WaitTimeSeconds=SETTINGS.poll_s,
+            VisibilityTimeout=SETTINGS.visibility_s,
+        )
+        messages = received.get("Messages", [])
+        if messages:
+            entries: Any = [{"Id": str(i), "ReceiptHandle": one["ReceiptHandle"]} for i, one in enumerate(messages)]
+            await aws.sqs.delete_message_batch(QueueUrl=url, Entries=entries)
+        n_deleted += len(messages)
+
+
+async def _keeper(aws: Aws, n: int) -> dict[str, float]:
+    """Extend `n` held messages once."""
+    queue = await open_queue(aws.sqs, QUEUE)
+    extended, all_extended = 0, asyncio.Event()
+    began: list[tuple[float, float]] = []
+
+    def count(more: int) -> None:
+        nonlocal extended
+        extended += more
+        began.append((_cpu_s(), time.perf_counter()))
+        if extended >= n:
+            all_extended.set()
+
+    # With this lease and a keeper of twice the length, all are due at its first look.
+    lease_s = 20
+    keeper = LeaseKeeper(queue, 2 * lease_s, extended=count, lost=lambda: None)
+    n_held = 0
+    while n_held < n:
+        for message in await queue.receive(10, wait_s=1, visibility_s=lease_s, now_ms=round(time.time() * 1000)):
+            keeper.hold(message)
+            n_held += 1
+    running = asyncio.create_task(keeper.run())
+    await all_extended.wait()
+    running.cancel()
+    # From the first batch's end to the last one's.
+    (cpu, wall), (cpu_end, wall_end) = began[0], began[-1]
+    per_message = 1_000 / (n - 10)
+    return {"cpu_ms": (cpu_end - cpu) * per_message, "wall_ms": (wall_end - wall) * per_message}
+
+
+async def _memory(aws: Aws, n: int) -> dict[str, float]:
+    """Consume `n`, sending metrics as a service does; the slope is of the last four fifths."""
+    metrics = Metrics(aws.cloudwatch)
+    flushing = asyncio.create_task(metrics.keep_flushing(SETTINGS.metrics_flush_s, asyncio.Event()))
+    points: list[tuple[int, float]] = []
+
+    def sample(n_handled: int) -> None:
+        if n_handled % (n // SAMPLES) == 0:
+            points.append((n_handled, _resident_bytes()))
+
+    await _consume(aws, n, metrics, sample)
+    flushing.cancel()
+    late = [point for point in points if point[0] > n / 5]
+    slope = statistics.linear_regression(*zip(*late, strict=True)).slope
+    return {"n": n, "slope_bytes": slope, "end_mib": _resident_bytes() / 2**20}
+
+
+CLIENTS: Mapping[str, Any] = {"runtime": _runtime, "bare": _bare, "keeper": _keeper, "memory": _memory}
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _resident_bytes() -> float:
+    """Return the resident set (proc_pid_statm(5), field 2)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(asyncio.run(_client(sys.argv[1], int(sys.argv[2])))))  # noqa: T201 - told to the parent
+    else:
+        for row in rows():
+            print(f"{row['what']:75} {row['value']:8.3f} {row['unit']:3} n={row['n']}")  # noqa: T201

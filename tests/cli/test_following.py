@@ -1,0 +1,213 @@
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from cli.client import Client, Refused
+from cli.journey import Journey
+from cli.orders import Training, training_request
+from cli.phantom import Patient, write_ct_series
+from cli.uploads import collect, instances
+from shared.dicom import Revision, StoredInstance, digest_of, instance_key
+
+MAP = f"a_map@{'e' * 16}"
+
+
+class Bucket:
+    """Writes what the services would write; the keys are those of the contract."""
+
+    def __init__(self, client, tmp_path):
+        self.client, self.tmp_path = client, tmp_path
+
+    def put(self, key, document):
+        path = self.tmp_path / "object"
+        path.write_text(document if isinstance(document, str) else json.dumps(document))
+        self.client.upload(path, key)
+
+    def store(self, found):
+        stored = []
+        for one in found:
+            key = instance_key(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha)
+            self.put(key, "any")
+            stored.append(StoredInstance(sop_instance_uid=one.sop_instance_uid, sha=one.sha, key=key))
+        return stored
+
+    def settle(self, found):
+        """Store a revision of these instances; returns the prefix of its results."""
+        stored = tuple(sorted(self.store(found), key=lambda one: one.sop_instance_uid))
+        revision = Revision(
+            dataset="d",
+            study_uid=found[0].study_uid,
+            series_uid=found[0].series_uid,
+            digest=digest_of(stored),
+            created=datetime.now(UTC),
+            instances=stored,
+            warnings=("gantry_tilt",),
+        )
+        self.put(revision.key, revision.body().decode())
+        return f"results/{revision.study_uid}/{revision.series_uid}/{revision.digest}/"
+
+    def refuse(self, one, reason_code):
+        self.put(f"quarantine/{one}/reason.json", {"reason_code": reason_code, "place": "Rows"})
+
+
+@pytest.fixture
+def client(local_aws):
+    return Client(local_aws.environ)
+
+
+@pytest.fixture
+def bucket(client, tmp_path):
+    return Bucket(client, tmp_path)
+
+
+@pytest.fixture
+def uploaded(tmp_path):
+    """Three slices of a series of this test alone, and what is in them."""
+    folder = write_ct_series(tmp_path / "ct", slices=3, size=16, patient=Patient("PHANTOM^X", tmp_path.name))
+    uploads = collect([folder], "d")
+    return uploads, [found for upload in uploads for found in instances(upload)]
+
+
+def stage(journey):
+    journey.look()
+    (series,) = journey.series
+    return series.stage
+
+
+def test_a_series_is_followed_through_its_stages(client, bucket, uploaded):
+    """Each stage is seen once what it leaves in the bucket is there, and the end holds the outputs."""
+    uploads, found = uploaded
+    journey = Journey(client, uploads)
+    seen = [stage(journey)]
+    bucket.store(found[:2])
+    seen.append(stage(journey))
+    bucket.store(found)
+    seen.append(stage(journey))
+    prefix = bucket.settle(found)
+    seen.append(stage(journey))
+    bucket.put(f"{prefix}routing.json", {"maps": [{"map": "a_map", "map_digest": "e" * 16}]})
+    seen.append(stage(journey))
+    bucket.put(f"{prefix}{MAP}/outputs.json", {})
+    seen.append(stage(journey))
+    bucket.put(f"{prefix}{MAP}/result.json", {"outcome": "completed", "outputs": [{"sop_instance_uid": "1.2"}]})
+    seen.append(stage(journey))
+
+    assert seen == ["uploaded", "uploaded", "stored", "settled", "settled", "inferred", "pushed"]
+    assert journey.ended
+    assert journey.series[0].outputs == [{"sop_instance_uid": "1.2"}]
+    assert journey.summary()["series"][0]["warnings"] == ("gantry_tilt",)
+    assert list(journey.series[0].seconds) == ["uploaded", "stored", "settled", "inferred", "pushed"]
+
+
+@pytest.mark.parametrize(
+    ("maps", "record", "expected"),
+    [
+        ([], None, "skipped"),
+        ([{"map": "a_map"}], ("result.json", {"outcome": "no_matching_series"}), "no_match"),
+        ([{"map": "a_map"}], ("failure.json", {"reason_code": "deadline"}), "failed"),
+    ],
+)
+def test_every_way_to_end_is_told_apart(client, bucket, uploaded, *, maps, record, expected):
+    """No route, no matching series and a failed MAP all end the waiting, each under its own name."""
+    uploads, found = uploaded
+    prefix = bucket.settle(found)
+    bucket.put(f"{prefix}routing.json", {"maps": maps})
+    if record:
+        bucket.put(f"{prefix}{MAP}/{record[0]}", record[1])
+    journey = Journey(client, uploads)
+
+    assert stage(journey) == expected
+    assert journey.ended
+
+
+def test_an_older_revision_without_all_that_was_uploaded_is_not_the_end(client, bucket, uploaded):
+    """A result on a part of the series is not taken for the result of the upload."""
+    uploads, found = uploaded
+    prefix = bucket.settle(found[:2])
+    bucket.put(f"{prefix}routing.json", {"maps": []})
+    journey = Journey(client, uploads)
+
+    assert stage(journey) == "uploaded"
+    bucket.put(f"{bucket.settle(found)}routing.json", {"maps": []})
+    assert stage(journey) == "skipped"
+
+
+def test_refused_instances_are_left_out_of_the_series(client, bucket, uploaded):
+    """The rest of a series is followed without them; a series of which nothing is left is rejected."""
+    uploads, found = uploaded
+    journey = Journey(client, uploads)
+    bucket.refuse(found[0].object_sha256, "truncated")
+    bucket.put(f"{bucket.settle(found[1:])}routing.json", {"maps": []})
+
+    assert stage(journey) == "skipped"
+    assert [rejection.reason_code for rejection in journey.all_rejections] == ["truncated"]
+    alone = Journey(client, [upload for upload in uploads if upload.sha256 == found[0].object_sha256])
+    assert stage(alone) == "rejected"
+
+
+def test_what_is_no_dicom_is_followed_into_quarantine(client, bucket, tmp_path):
+    """A broken file has no series; its rejection ends the waiting, and until then the time-out names it."""
+    broken = tmp_path / "broken.dcm"
+    broken.write_text(f"broken {tmp_path}")
+    journey = Journey(client, uploads := collect([broken], "d"))
+
+    with pytest.raises(Refused, match=f"the work goes on.*{broken} was neither taken nor refused"):
+        journey.wait(0)
+    bucket.refuse(uploads[0].sha256, "not_dicom")
+    journey.wait(0)
+    told = {"path": str(broken), "object_sha256": uploads[0].sha256, "reason_code": "not_dicom", "place": "Rows"}
+    assert journey.summary()["rejections"] == [told]
+
+
+def test_a_refusal_before_the_upload_is_not_its_own(client, bucket, tmp_path, monkeypatch):
+    """What was refused once may be taken now, so only a reason that was written after the upload counts."""
+    broken = tmp_path / "broken.dcm"
+    broken.write_text(f"refused before {tmp_path}")
+    (upload,) = collect([broken], "d")
+    bucket.refuse(upload.sha256, "too_large")
+    client.upload(broken, upload.key)
+    at = {upload.key: datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC)}
+    monkeypatch.setattr(client, "modified", lambda key: at.get(key, datetime(2026, 1, 1, tzinfo=UTC)))
+    journey = Journey(client, [upload])
+    journey.look()
+
+    assert not journey.all_rejections
+    at.clear()
+    journey.look()
+    assert [rejection.reason_code for rejection in journey.all_rejections] == ["too_large"]
+
+
+def test_a_training_is_followed_to_its_end(client, bucket, tmp_path):
+    """Rounds appear in order, and completed.json, or failure.json, ends the waiting."""
+    name = tmp_path.name.replace("_", "-")
+    training = Training(client, training_request("d", request_id=name))
+    training.look()
+
+    assert (training.state, training.ended) == ("requested", False)
+    evaluation = {"metric": "FD", "space": "s", "n": 8, "distance": 3.0, "floor": 2.0, "relative_fd": 1.5}
+    told = {"round": 1, "steps": 10, "approved": True, "duration_s": 1.0, "evaluation": evaluation}
+    bucket.put(f"models/{name}/rounds/1/evaluation.json", {"told": told, "rule": "first"})
+    training.look()
+    assert (training.state, len(training.rounds)) == ("training", 1)
+    keys = {"generator_key": "g", "images_key": "i", "images_array_key": "a"}
+    bucket.put(f"models/{name}/completed.json", {"told": {"approved": True, **keys}})
+    training.wait(0)
+    assert (training.state, training.approved, training.keys) == ("approved", True, ["g", "i", "a"])
+    assert training.summary()["rounds"][0]["relative_fd"] == 1.5
+
+
+def test_a_failed_training_is_told_by_its_numbers_and_an_earlier_failure_is_none(client, bucket, tmp_path):
+    """Asking again for a training that failed waits for the new answer, which says how many images are missing."""
+    request = training_request("d", request_id=tmp_path.name.replace("_", "-"))
+    numbers = {"n_training": 24, "n_held_out": 0, "min_images": 32}
+    key, told = f"models/{request.request_id}/failure.json", {"told": {"reason_code": "too_little_data"}}
+    bucket.put(key, {**told, "time": "2026-01-01T00:00:00Z", "numbers": numbers})
+    training = Training(client, request)
+    training.look()
+
+    assert not training.ended
+    bucket.put(key, {**told, "time": "2026-01-01T00:00:09Z", "numbers": numbers})
+    training.wait(0)
+    assert (training.state, training.approved) == ("failed: too_little_data", False)
+    assert "found 24 images to train on and 0 of other patients" in training.why
