@@ -134,6 +134,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await self._exited.wait()
+        await _returncode(process)
         if self._stderr_task is not None:
             # All that the child printed is in the pipe, whose end never comes while somebody else holds it open.
             await asyncio.wait([self._stderr_task], timeout=PIPE_GRACE_S)
@@ -179,9 +180,7 @@ class Child:
             reading.cancel()
             exited.cancel()
             await asyncio.gather(reading, exited, return_exceptions=True)
-        while process.returncode is None:  # noqa: ASYNC110 - asyncio hears of it a moment after the kernel told us
-            await asyncio.sleep(0.001)
-        raise _failure_of_exit(process.returncode)
+        raise _failure_of_exit(await _returncode(process))
 
     async def _drain_stderr(self, process: asyncio.subprocess.Process) -> None:
         if process.stderr is None:
@@ -203,6 +202,13 @@ async def _answer_in(stdout: asyncio.StreamReader, on_progress: Progress | None)
     except ValueError:  # half a line, of a child that was killed while it wrote, or one above the limit
         raise ChildFailed("crashed", "protocol") from None
     return None
+
+
+async def _returncode(process: asyncio.subprocess.Process) -> int:
+    """Return it, of a process that has ended: asyncio hears of that a moment after the kernel told us."""
+    while process.returncode is None:  # noqa: ASYNC110 - there is no event for it
+        await asyncio.sleep(0.001)
+    return process.returncode
 
 
 def _exit_of(pid: int) -> asyncio.Event:
