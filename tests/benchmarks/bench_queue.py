@@ -245,7 +245,7 @@ async def _keeper(aws: Aws, n: int) -> dict[str, float]:
     keeper = LeaseKeeper(queue, 2 * lease_s, extended=count, lost=lambda: None)
     n_held = 0
     while n_held < n:
-        for message in await queue.receive(10, wait_s=1, visibility_s=lease_s, now_ms=round(time.time() * 1000)):
+        for message in await queue.receive(10, wait_s=1, visibility_s=lease_s):
             keeper.hold(message)
             n_held += 1
     running = asyncio.create_task(keeper.run())
