@@ -23,6 +23,8 @@ LARGEST_BODY_BYTES = 1024 * 1024
 LONGEST_LEASE_S = 12 * 3600
 """A message's visibility ends this long after the receive, whatever is asked for:
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-visibility-timeout.html"""
+BEYOND_LIMIT = "beyond the limit"
+"""Words by which SQS refuses an extension past that; its code is the one of an invalid handle, too."""
 ATTEMPT = "attempt"
 """Message attribute: how often the work was continued in a new message."""
 AWS_ERRORS = (BotoCoreError, ClientError, OSError, TimeoutError)
@@ -92,11 +94,16 @@ class SqsQueue:
         ]
         before = asyncio.get_running_loop().time()
         response = await self._sqs.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)
-        failed = {int(entry["Id"]): entry["SenderFault"] for entry in response.get("Failed", [])}
+        failed = {int(entry["Id"]): entry for entry in response.get("Failed", [])}
         for index, message in enumerate(messages):
             if index not in failed:
                 message.lease_until = before + timeout_s
-        return [messages[index] for index, sender_fault in failed.items() if sender_fault]
+        # A time beyond the 12 hours is refused as well, but takes nothing away: the lease lasts as long as it did.
+        return [
+            messages[index]
+            for index, entry in failed.items()
+            if entry["SenderFault"] and BEYOND_LIMIT not in entry.get("Message", "")
+        ]
 
     async def dead_letter(self, message: Received, attributes: Mapping[str, str]) -> None:
         """Send the body to the dead-letter queue, with the reason beside it."""

@@ -112,12 +112,12 @@ def test_a_mistake_in_the_table_is_told_with_its_place(text, line):
     assert line in str(caught.value)
 
 
-def test_the_table_of_this_repository_takes_a_ct_volume_and_no_single_slice():
-    """What ships routes CT series of at least three instances, and nothing else."""
+def test_the_table_of_this_repository_takes_ct_and_nothing_else():
+    """What ships routes CT, a single slice too; the application itself leaves localizers out."""
     (route,) = read(InferenceSettings().maps_file.read_text()).maps
 
     assert route.takes(revision(n_instances=3, Modality="CT"))
-    assert not route.takes(revision(n_instances=1, Modality="CT"))
+    assert route.takes(revision(n_instances=1, Modality="CT"))
     assert not route.takes(revision(n_instances=30, Modality="MR"))
 
 
