@@ -26,7 +26,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 Array = npt.NDArray[np.float32]
 Reals = npt.NDArray[np.floating[Any]]
 
-AIR_HU, FAT_HU, MUSCLE_HU, WATER_HU = -1000.0, -100.0, 55.0, 0.0
+AIR_HU, FAT_HU, MUSCLE_HU = -1000.0, -100.0, 55.0
 FIELD_OF_VIEW_MM = 420.0
 """Diameter of the reconstructed circle at a scale of one; outside of it there was no measurement."""
 OUTSIDE_HU = -1024.0

@@ -153,15 +153,12 @@ class _Consumer:
     async def _slots(self) -> int:
         """Wait for a free slot; return how many messages to poll for, which is none if the wait ended otherwise."""
         free = self.settings.slots - len(self.running)
-        if free <= 0:
+        # While the circuit is open, one message at a time shows whether it works again.
+        if free <= 0 or (self.circuit.is_open and self.running):
             self.slot_freed.clear()
             await _first(self.slot_freed.wait(), self.stop.wait())
             return 0
         if self.circuit.is_open:
-            if self.running:  # one message at a time shows whether it works again
-                self.slot_freed.clear()
-                await _first(self.slot_freed.wait(), self.stop.wait())
-                return 0
             await _first(asyncio.sleep(self.circuit.pause_s), self.stop.wait())
             return 0 if self.stop.is_set() else 1
         return min(free, BATCH)
