@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/radqueue demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check
@@ -30,3 +30,4 @@ bench: setup
 
 chaos: setup
 	$(BIN)/python -m tests.chaos $(ARGS)
+	$(BIN)/python -m tests.chaos.damaged_files

@@ -7,10 +7,16 @@ SIGKILL. The parent writes one call per line to the child's standard input; the 
 output for itself and points file descriptor 1 at standard error, so that a library that prints cannot break the
 protocol.
 
-A child leads its own process group: killing it takes what it started along. It asks the kernel to be killed when its
+A child leads its own process group: killing it takes what it started along. What left the group is found by a mark in
+its environment, which every process inherits, and is killed as well. The child asks the kernel to be killed when its
 parent dies (PR_SET_PDEATHSIG), so a SIGKILL of the service leaves no orphan computing. Its end is seen by a pidfd, not
-by the end of its pipes: what it started may have inherited those, and may even have left its group.
+by the end of its pipes: what it started may have inherited those.
+
+The child's side also runs in interpreters that are not ours, so this file and what it imports need the standard library
+alone.
 """
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -23,9 +29,11 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from shared.errors import Unprocessable, place_of
@@ -35,6 +43,8 @@ LINE_LIMIT_BYTES = 64 * 1024 * 1024
 PIPE_GRACE_S = 1.0
 """Seconds to read what is left in a pipe after its writer ended."""
 PR_SET_PDEATHSIG = 1
+MARK = "RADQUEUE_CHILD_MARK"
+"""The variable that a child and all its descendants have in common."""
 
 Json = dict[str, Any]
 Progress = Callable[[Json], None]
@@ -64,20 +74,33 @@ class Limits:
     """Address space (RLIMIT_AS) of the child."""
     cpu_s: int | None = None
     """Processor seconds per call (RLIMIT_CPU)."""
+    processes: int | None = None
+    """Processes and threads that its user may have beyond those at its start (RLIMIT_NPROC; root has no such limit)."""
 
 
 class Child:
     """The parent's side: starts the child at the first call, and again at the first call after it ended."""
 
     def __init__(
-        self, argv: Sequence[str], *, limits: Limits | None = None, env: Mapping[str, str] | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        limits: Limits | None = None,
+        env: Mapping[str, str] | None = None,
+        kill_argv: Sequence[str] = (),
     ) -> None:
-        """Remember how to start it; `env` is added to this process's environment."""
+        """Remember how to start it; `env` is added to this process's environment.
+
+        `kill_argv` is a command that ends what signals to `argv` do not reach: a container.
+        """
         self._argv = tuple(argv)
+        self._kill_argv = tuple(kill_argv)
+        self._mark = f"{MARK}={uuid.uuid4().hex}"
         self._limits = limits or Limits()
         self._env = dict(env or {})
         self._process: asyncio.subprocess.Process | None = None
         self._exited = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
         self._stderr_task: asyncio.Task[None] | None = None
         self._stderr = bytearray()
         self._lock = asyncio.Lock()
@@ -122,15 +145,32 @@ class Child:
             return _value_of(answer)
 
     async def stop(self, *, kill: bool = False, grace_s: float = 5.0) -> None:
-        """End the child: close its input and wait `grace_s`, then kill it with what it started."""
+        """End the child: close its input and wait `grace_s`, then kill it with all that it started.
+
+        Being cancelled does not keep it from ending; the next `stop` waits for that.
+        """
         process, self._process = self._process, None
-        if process is None:
+        if process is not None:
+            self._ending = asyncio.create_task(self._end(process, kill=kill, grace_s=grace_s))
+        ending = self._ending
+        if ending is None:
             return
+        try:
+            await asyncio.shield(ending)
+        finally:
+            if ending.done():
+                self._ending = None
+
+    async def _end(self, process: asyncio.subprocess.Process, *, kill: bool, grace_s: float) -> None:
         if process.stdin is not None:
             process.stdin.close()
         if not kill:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._exited.wait(), grace_s)
+        if self._kill_argv:
+            await self._kill_container(grace_s)
+        else:
+            await asyncio.to_thread(_kill_marked, self._mark)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await self._exited.wait()
@@ -141,13 +181,28 @@ class Child:
             self._stderr_task.cancel()
         process._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001 - the only way to let go of the pipes
 
+    async def _kill_container(self, grace_s: float) -> None:
+        """Have the engine end it; its client ends by itself then, and the engine's own processes must not be killed."""
+        if self._exited.is_set():
+            return
+        nowhere = asyncio.subprocess.DEVNULL
+        killing = await asyncio.create_subprocess_exec(*self._kill_argv, stdout=nowhere, stderr=nowhere)
+        try:
+            await asyncio.wait_for(killing.wait(), grace_s)
+        except TimeoutError:  # an engine that hangs; without its standard input the container ends by itself
+            killing.kill()
+            await killing.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._exited.wait(), grace_s)
+
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
             return self._process
         await self.stop(kill=True)
         self._stderr.clear()
         self.calls = 0
-        environment = {**os.environ, **self._env, "RADQUEUE_CHILD": json.dumps(_limits_json(self._limits))}
+        name, _, mark = self._mark.partition("=")
+        environment = {**os.environ, **self._env, name: mark, "RADQUEUE_CHILD": json.dumps(asdict(self._limits))}
         self._process = await asyncio.create_subprocess_exec(
             *self._argv,
             stdin=asyncio.subprocess.PIPE,
@@ -180,7 +235,9 @@ class Child:
             reading.cancel()
             exited.cancel()
             await asyncio.gather(reading, exited, return_exceptions=True)
-        raise _failure_of_exit(await _returncode(process))
+        returncode = await _returncode(process)
+        # A container's engine tells a signal as a shell does.
+        raise _failure_of_exit(128 - returncode if self._kill_argv and returncode > 128 else returncode)  # noqa: PLR2004
 
     async def _drain_stderr(self, process: asyncio.subprocess.Process) -> None:
         if process.stderr is None:
@@ -211,6 +268,29 @@ async def _returncode(process: asyncio.subprocess.Process) -> int:
     return process.returncode
 
 
+def _kill_marked(mark: str) -> None:
+    """Kill every process of ours that has the mark in the environment it was started with, until there is none.
+
+    A process that forks faster than it is killed is stopped first.
+    """
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        signalled: set[int] = set()
+        while found := _marked(mark) - signalled:
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            signalled |= found
+
+
+def _marked(mark: str) -> set[int]:
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or is somebody else's
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.add(int(folder.name))
+    return found
+
+
 def _exit_of(pid: int) -> asyncio.Event:
     """Return an event that is set when the process has ended."""
     exited, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -236,12 +316,15 @@ def serve(function: Callable[[Json, Progress], Any]) -> None:
     patient.
     """
     limits = json.loads(os.environ.get("RADQUEUE_CHILD", "{}"))
-    _die_with_parent()
+    die_with_parent()
     # Some supervisors signal every process of a service at a stop; when the child ends is its parent's to decide.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if limits.get("memory_bytes"):
         resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
+    if limits.get("processes"):
+        most = _tasks_of(os.getuid()) + limits["processes"]
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     # Libraries warn with the values they stumble over; nothing of that may reach a log.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -264,11 +347,18 @@ def serve(function: Callable[[Json, Progress], Any]) -> None:
             write({"error": _error_json(error)})
 
 
-def _limits_json(limits: Limits) -> Json:
-    return {"memory_bytes": limits.memory_bytes, "cpu_s": limits.cpu_s}
+def _tasks_of(uid: int) -> int:
+    """Return how many processes and threads the user has: the limit counts them all, wherever they came from."""
+    n = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == uid:
+                n += sum(1 for _ in (folder / "task").iterdir())
+    return n
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died between the two lines above

@@ -38,6 +38,8 @@ class ServiceSettings(BaseModel):
     """Seconds until SQS gives a message to another worker after this process died."""
     grace_s: float = Field(default=25, ge=0)
     """Seconds that running handlers get to finish after SIGTERM."""
+    spot_notice: bool = False
+    """Drain when EC2 announces that it takes the spot instance back: looks at the instance metadata every 5 s."""
     metrics_flush_s: float = Field(default=15, gt=0)
     """Seconds between two sends of metrics to CloudWatch."""
     work_dir: Path = Path(tempfile.gettempdir()) / f"radqueue-{os.getuid()}"

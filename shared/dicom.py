@@ -10,12 +10,45 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import Unprocessable
-from shared.messages import Digest, Name, Uid
+from shared.messages import Digest, Geometry, Name, Uid
 
 MAX_UID_LENGTH = 64
 """PS3.5 section 9.1."""
 SHA_LENGTH = 16
 DIGEST_LENGTH = 32
+
+SERIES_ATTRIBUTES = (
+    "Modality",
+    "SOPClassUID",
+    "ImageType",
+    "BodyPartExamined",
+    "SeriesDescription",
+    "ProtocolName",
+    "SequenceName",
+    "ScanningSequence",
+    "MRAcquisitionType",
+    "ContrastBolusAgent",
+    "ConvolutionKernel",
+    "KVP",
+    "MagneticFieldStrength",
+    "RepetitionTime",
+    "EchoTime",
+    "Laterality",
+    "ViewPosition",
+    "PatientPosition",
+    "Manufacturer",
+    "ManufacturerModelName",
+    "SliceThickness",
+    "SpacingBetweenSlices",
+    "PixelSpacing",
+    "ImagerPixelSpacing",
+    "Rows",
+    "Columns",
+    "PhotometricInterpretation",
+    "FrameOfReferenceUID",
+)
+"""What a revision tells of its series, and routing may read: nobody learns from it who the patient is, who works in the
+hospital, where or when it was. Beside them stands NumberOfSeriesRelatedInstances."""
 
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 _INSTANCE_KEY = re.compile(
@@ -34,28 +67,6 @@ class StoredInstance(_Frozen):
     sha: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     """First 16 hex digits of the sha256 of the uploaded data set."""
     key: str
-
-
-class Geometry(_Frozen):
-    """How the slices of a series lie in space; lengths in mm, in the patient coordinate system of PS3.3 C.7.6.2."""
-
-    verdict: Literal["volume", "irregular", "single", "unknown"]
-    """`volume`: parallel slices of one size, evenly spaced, none missing or twice; `unknown`: without positions."""
-    n_slices: int
-    n_positions: int
-    """Distinct positions along the normal; smaller than n_slices where slices repeat."""
-    normal: tuple[float, float, float] | None = None
-    """Unit normal of the slices: row direction x column direction."""
-    spacing_mm: float | None = None
-    """Median distance of neighbouring slices along the normal."""
-    spacing_min_mm: float | None = None
-    spacing_max_mm: float | None = None
-    n_gaps: int = 0
-    """Steps of at least 1.5 times the median spacing."""
-    tilt_deg: float | None = None
-    """Gantry tilt found from the vectors, with the sign of GantryDetectorTilt (0018,1120)."""
-    tilt_tag_deg: float | None = None
-    """What GantryDetectorTilt says."""
 
 
 class Revision(_Frozen):
@@ -77,6 +88,8 @@ class Revision(_Frozen):
     warnings: tuple[str, ...] = ()
     """Codes; services/ingest/reasons.py says what each means."""
     array_key: str | None = None
+    deidentified: bool = False
+    """Its instances were de-identified before they were stored: nothing that comes of them is pushed."""
 
     @property
     def key(self) -> str:

@@ -1,6 +1,6 @@
 """A DICOMweb client: STOW-RS, QIDO-RS and WADO-RS of whole instances (DICOM PS3.18 sections 10.4 to 10.6).
 
-It talks to AWS HealthImaging with `SigV4`, or to any other archive with `Basic` or no authentication.
+It talks to AWS HealthImaging with `SigV4`, or to any other archive with `Basic`, `Bearer` or no authentication.
 IAM: medical-imaging:StoreDICOM, StoreDICOMStudy, SearchDICOMStudies, SearchDICOMSeries, SearchDICOMInstances,
 GetDICOMInstance on the data store.
 
@@ -64,12 +64,13 @@ class Failure:
     """An instance that the archive did not take.
 
     `reason` is the FailureReason (0008,1197) of PS3.18 table I.2-2; the UIDs are empty where the archive could not
-    read them.
+    read them. `tags` are the attributes in its FailedAttributesSequence (0074,1048), where the archive names them.
     """
 
     reason: int | None
     sop_class_uid: str = ""
     sop_instance_uid: str = ""
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,19 @@ class SigV4:
         request: Any = AWSRequest(method=method, url=str(url), headers=signed)
         SigV4Auth(credentials, SERVICE, self._region).add_auth(request)
         return {name: value for name, value in request.headers.items() if name not in headers}
+
+
+class Bearer:
+    """A token that the archive, or the gate before it, gave out (RFC 6750)."""
+
+    def __init__(self, token: str) -> None:
+        """Take the token."""
+        self._token = token
+
+    async def headers(self, method: str, url: URL, headers: Mapping[str, str], payload_sha256: str) -> dict[str, str]:
+        """Return the Authorization header."""
+        del method, url, headers, payload_sha256
+        return {"Authorization": f"Bearer {self._token}"}
 
 
 class Basic:
@@ -314,7 +328,12 @@ def _parse_store(response: Any) -> StoreResult:
     stored = tuple(_first(item, "00081155", "") for item in _items(response, "00081199"))
     failed = [*_items(response, "00081198"), *_items(response, "0008119A")]
     failures = tuple(
-        Failure(_first(item, "00081197", None), _first(item, "00081150", ""), _first(item, "00081155", ""))
+        Failure(
+            _first(item, "00081197", None),
+            _first(item, "00081150", ""),
+            _first(item, "00081155", ""),
+            tuple(_first(one, "00720026", "") for one in _items(item, "00741048")),
+        )
         for item in failed
     )
     return StoreResult(stored, failures)

@@ -26,6 +26,10 @@ class Unavailable(RuntimeError):  # noqa: N818 - as above
     """Something the handler needs does not answer now, so the same message may work later."""
 
 
+class Claimed(Unavailable):
+    """Another worker does it now: nothing is wrong, and the same message finds it done later."""
+
+
 def place_of(error: BaseException) -> str:
     """Return `file.py:line` where `error` was raised; its text stays out, it may hold values of a file."""
     frames = traceback.extract_tb(error.__traceback__)

@@ -10,13 +10,10 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, WrappedLogger
-
-ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 
 def setup(service: str, *, stream: TextIO | None = None, level: int = logging.INFO) -> None:

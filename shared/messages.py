@@ -31,6 +31,10 @@ Traceparent = Annotated[str | None, BeforeValidator(lambda given: given if _is_t
 Time = Annotated[AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9998, 1, 1, tzinfo=UTC))]
 """A time that can be reckoned with in every time zone."""
 Queue = Literal["ingest", "inference", "training", "reporting"]
+Verdict = Literal[
+    "localizer", "single", "mixed", "unknown", "4d", "repeated", "gaps", "uneven", "tilted", "regular", "irregular"
+]
+"""On the geometry of a series."""
 
 
 def _is_traceparent(given: object) -> bool:
@@ -56,6 +60,37 @@ class SeriesRef(_Frozen):
     revision_key: str
 
 
+class Geometry(_Frozen):
+    """How the slices of a series lie in space; lengths in mm, in the patient coordinate system of PS3.3 C.7.6.2.
+
+    Of a series of several stacks (slices of one size and direction) the numbers are those of the largest.
+    """
+
+    verdict: Annotated[Verdict, BeforeValidator(lambda given: "regular" if given == "volume" else given)]
+    """The first that is true, see docs/ingest.md; documents of the first version say `volume` and `irregular`."""
+    n_slices: int
+    """Of all stacks."""
+    n_positions: int
+    """Distinct positions along the normal; smaller than n_slices where slices repeat."""
+    n_stacks: int = 1
+    n_in_stack: int | None = None
+    """Slices of the largest stack."""
+    n_sets: int = 1
+    """Most slices at one position; in a 4-D series as many as at every other."""
+    normal: tuple[float, float, float] | None = None
+    """Unit normal of the slices: row direction x column direction."""
+    spacing_mm: float | None = None
+    """Median distance of neighbouring slices along the normal."""
+    spacing_min_mm: float | None = None
+    spacing_max_mm: float | None = None
+    n_gaps: int = 0
+    """Steps of at least 1.5 times the median spacing."""
+    tilt_deg: float | None = None
+    """Gantry tilt found from the vectors, with the sign of GantryDetectorTilt (0018,1120)."""
+    tilt_tag_deg: float | None = None
+    """What GantryDetectorTilt says."""
+
+
 class SettlingSeries(_Frozen):
     """A series that receives instances, to be looked at when this message becomes visible."""
 
@@ -75,8 +110,12 @@ class ReadySeries(SeriesRef):
     modality: str | None = None
     warnings: tuple[str, ...] = ()
     array_key: str | None = None
-    """The training array, for a series of images."""
+    """The training array, for a series of images; None also where it must not be linked with the series."""
     supersedes: Digest | None = None
+    geometry: Geometry | None = None
+    """How its slices lie; None for a series without images."""
+    deidentified: bool = False
+    """Its instances were de-identified before they were stored: no archive takes what comes of them."""
 
 
 class RejectedUpload(_Frozen):
@@ -98,6 +137,15 @@ class InferenceTask(_Frozen):
     inputs: tuple[SeriesRef, ...] = Field(min_length=1)
 
 
+class SettlingStudy(_Frozen):
+    """A study that series were settled of, to be looked at as a whole when this message becomes visible."""
+
+    study_uid: Uid
+    bucket: str
+    """The time bucket whose marker guards this message."""
+    first_seen: Time
+
+
 class SkippedInference(SeriesRef):
     """A revision that no MAP runs on."""
 
@@ -107,13 +155,21 @@ class SkippedInference(SeriesRef):
 
 
 class InferenceOutput(_Frozen):
-    """One DICOM instance that a MAP made and HealthImaging took."""
+    """One DICOM instance that a MAP made and the archive took."""
 
     sop_class_uid: Uid
     sop_instance_uid: Uid
     series_uid: Uid
     key: str
     image_set_id: str | None = None
+
+
+class OutputFile(_Frozen):
+    """Something else that a MAP made: it stays in S3."""
+
+    key: str
+    media_type: str
+    n_bytes: int
 
 
 class CompletedInference(InferenceTask):
@@ -124,6 +180,10 @@ class CompletedInference(InferenceTask):
     outputs: tuple[InferenceOutput, ...] = ()
     """The first of them: a message holds 1 MiB. All are in the object under `result_key`."""
     n_outputs: int = 0
+    files: tuple[OutputFile, ...] = ()
+    """What is no DICOM; the first of them, as above."""
+    pushed_to: str | None = None
+    """`healthimaging`, `healthimaging-import` or `dicomweb`; `s3` where the outputs were to stay there."""
     duration_s: float
     """Wall seconds that the MAP ran."""
     device: str = "cpu"
@@ -135,6 +195,33 @@ class FailedInference(InferenceTask):
     attempt: str
     reason_code: str
     failure_key: str
+    where: str = ""
+    """File and line of an exception, or the keywords of DICOM attributes; never a value."""
+
+
+class UpdatedMap(_Frozen):
+    """A new version of a MAP, which serves from now on."""
+
+    map: Name
+    map_digest: Digest
+    source: str
+    previous_digest: Digest | None = None
+    """The version that served before; None for a MAP that is new."""
+    since: AwareDatetime | None = None
+    """When it took over, as the record of what serves has it: a version that comes back is another event."""
+
+
+class RejectedMap(_Frozen):
+    """A new version of a MAP that failed its trial; the one that served before goes on."""
+
+    map: Name
+    map_digest: Digest
+    source: str
+    reason_code: str
+    serving_digest: Digest | None = None
+    """The version that serves; None where there was none before."""
+    since: AwareDatetime | None = None
+    """When it was rejected, as the record of that has it."""
 
 
 class TrainingRequest(_Frozen):
@@ -150,6 +237,33 @@ class TrainingRequest(_Frozen):
     n_images: int = Field(default=16, ge=1, le=10_000)
 
 
+class Quality(_Frozen):
+    """How one set of images compares with the held-out real ones, in the space of the evaluation."""
+
+    kid: float
+    """Kernel distance (KID), unbiased; around zero for images of the same distribution."""
+    kid_spread: float
+    """Its standard deviation over subsets."""
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    sliced_wasserstein: float
+
+
+class Memorisation(_Frozen):
+    """Whether generated images are copies of training images: a nearest-neighbour test against held-out real ones."""
+
+    n: int
+    n_held_out: int
+    copied_share: float
+    """Nearer to a training image than 99 % of the held-out ones are."""
+    far_nearer_share: float
+    """Nearer than half of the nearest held-out one's distance."""
+    flagged: bool
+    """More of them than chance explains: the model is not approved."""
+
+
 class Evaluation(_Frozen):
     """How far generated images are from held-out real ones."""
 
@@ -163,6 +277,18 @@ class Evaluation(_Frozen):
     """The distance between two disjoint sets of real images, of the same n."""
     relative_fd: float
     """distance / floor"""
+    quality: Quality | None = None
+    """Of the generated images."""
+    real_quality: Quality | None = None
+    """Of other real images, to the same reference: what can be reached."""
+    memorisation: Memorisation | None = None
+    warnings: tuple[str, ...] = ()
+    """`few_images`; `…_disagrees`, a number that contradicts the distance; `copies`."""
+
+    @property
+    def copies(self) -> bool:
+        """Whether the model copies images it was trained on."""
+        return self.memorisation is not None and self.memorisation.flagged
 
 
 class TrainingRound(_Frozen):
@@ -268,6 +394,15 @@ class UploadRejected(Event):
     data: RejectedUpload
 
 
+class StudySettling(Event):
+    """The inference worker to itself, delayed."""
+
+    producer = "radqueue/inference"
+    queues = ("inference",)
+    type: Literal["radqueue.study.settling.v1"] = "radqueue.study.settling.v1"
+    data: SettlingStudy
+
+
 class InferenceRequested(Event):
     """The inference worker to itself: one MAP on one revision."""
 
@@ -302,6 +437,24 @@ class InferenceFailed(Event):
     queues = ("reporting",)
     type: Literal["radqueue.inference.failed.v1"] = "radqueue.inference.failed.v1"
     data: FailedInference
+
+
+class MapUpdated(Event):
+    """A MAP's traffic moved over to a new version."""
+
+    producer = "radqueue/inference"
+    queues = ("reporting",)
+    type: Literal["radqueue.map.updated.v1"] = "radqueue.map.updated.v1"
+    data: UpdatedMap
+
+
+class MapRejected(Event):
+    """A new version of a MAP was refused."""
+
+    producer = "radqueue/inference"
+    queues = ("reporting",)
+    type: Literal["radqueue.map.rejected.v1"] = "radqueue.map.rejected.v1"
+    data: RejectedMap
 
 
 class TrainingRequested(Event):
@@ -353,10 +506,13 @@ AnyEvent = Annotated[
     SeriesSettling
     | SeriesReady
     | UploadRejected
+    | StudySettling
     | InferenceRequested
     | InferenceSkipped
     | InferenceCompleted
     | InferenceFailed
+    | MapUpdated
+    | MapRejected
     | TrainingRequested
     | TrainingRoundCompleted
     | TrainingCompleted

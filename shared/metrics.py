@@ -15,12 +15,12 @@ import asyncio
 import contextlib
 import math
 import re
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
@@ -81,6 +81,9 @@ UPLOADS_REJECTED = Metric(RADQUEUE, "UploadsRejected", "Count", ("Reason",), "ob
 INFERENCE_OUTCOMES = Metric(RADQUEUE, "InferenceOutcomes", "Count", ("Map", "Outcome"), "how MAPs ended; no_route too")
 INFERENCE_FAILURES = Metric(RADQUEUE, "InferenceFailures", "Count", ("Map", "Reason"), "MAPs that failed")
 INFERENCE_DURATION = Metric(RADQUEUE, "InferenceDuration", "Seconds", ("Map",), "wall time of MAPs that completed")
+MAP_VERSIONS = Metric(RADQUEUE, "MapVersions", "Count", ("Map", "Outcome"), "new versions of MAPs: updated or rejected")
+MAP_SOURCE_FAILURES = Metric(RADQUEUE, "MapSourceFailures", "Count", ("Map",), "looks at a MAP's source that failed")
+ROUTING_TABLES_REFUSED = Metric(RADQUEUE, "RoutingTablesRefused", "Count", (), "new routing tables that are broken")
 TRAINING_ROUNDS = Metric(RADQUEUE, "TrainingRounds", "Count", ("Dataset",), "rounds of train and evaluate")
 TRAINING_OUTCOMES = Metric(RADQUEUE, "TrainingOutcomes", "Count", ("Outcome",), "trainings that ended, in any way")
 TRAINING_FAILURES = Metric(RADQUEUE, "TrainingFailures", "Count", ("Reason",), "trainings that failed")
@@ -90,7 +93,7 @@ MESSAGES_RECEIVED = Metric(RADQUEUE, "MessagesReceived", "Count", ("Queue",), "m
 MESSAGE_FATES = Metric(RADQUEUE, "MessageFates", "Count", ("Queue", "Fate"), "handled messages by what became of them")
 HANDLER_SECONDS = Metric(RADQUEUE, "HandlerSeconds", "Seconds", ("Queue",), "wall time of handlers, however they ended")
 MESSAGE_AGE = Metric(RADQUEUE, "MessageAge", "Seconds", ("Queue",), "from being sent to the first receive")
-IN_FLIGHT = Metric(RADQUEUE, "InFlight", "Count", ("Queue",), "messages in slots, whenever one is added")
+IN_FLIGHT = Metric(RADQUEUE, "InFlight", "Count", ("Queue",), "messages in slots, after each poll that brought some")
 LEASE_EXTENSIONS = Metric(RADQUEUE, "LeaseExtensions", "Count", ("Queue",), "visibility timeouts that were extended")
 LEASE_LOSSES = Metric(RADQUEUE, "LeaseLosses", "Count", ("Queue",), "messages that were lost to another worker")
 RELEASED_AT_DRAIN = Metric(RADQUEUE, "ReleasedAtDrain", "Count", ("Queue",), "messages given back at a stop")
@@ -105,6 +108,9 @@ METRICS: tuple[Metric, ...] = (
     INFERENCE_OUTCOMES,
     INFERENCE_FAILURES,
     INFERENCE_DURATION,
+    MAP_VERSIONS,
+    MAP_SOURCE_FAILURES,
+    ROUTING_TABLES_REFUSED,
     TRAINING_ROUNDS,
     TRAINING_OUTCOMES,
     TRAINING_FAILURES,
@@ -121,13 +127,17 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Series:
-    """What values are aggregated under. `minute` is CloudWatch's resolution."""
+class _Series(NamedTuple):
+    """What values are aggregated under; a tuple, since one is made and hashed for each value."""
 
     metric: Metric
     dimensions: tuple[tuple[str, str], ...]
-    minute: datetime
+    minute: int
+    """Since 1970: CloudWatch's resolution."""
+
+    @property
+    def time(self) -> datetime:
+        return datetime.fromtimestamp(self.minute * 60, UTC)
 
 
 _Table = dict[_Series, Counter[float]]
@@ -142,7 +152,7 @@ class Metrics:
         """Take an open aiobotocore CloudWatch client."""
         self._cloudwatch = cloudwatch
         self._clock = clock
-        self._table: _Table = {}
+        self._table: defaultdict[_Series, Counter[float]] = defaultdict(Counter)
         self._n_values = 0
 
     def put(self, metric: Metric, value: float, /, *, at: datetime | None = None, **dimensions: str) -> None:
@@ -155,15 +165,14 @@ class Metrics:
         if not math.isfinite(value) or abs(value) > LARGEST_VALUE:
             log.warning("metrics.value_left_out", metric=metric.name)
             return
-        minute = (at or self._clock()).astimezone(UTC).replace(second=0, microsecond=0)
-        counts = self._table.setdefault(_Series(metric, told, minute), Counter())
+        counts = self._table[_Series(metric, told, int((at or self._clock()).timestamp() // 60))]
         before = len(counts)
         counts[float(value)] += 1
         self._grew(len(counts) - before)
 
     async def flush(self) -> None:
         """Send what was collected. What CloudWatch does not take now stays for the next flush."""
-        table, self._table, self._n_values = self._table, {}, 0
+        table, self._table, self._n_values = self._table, defaultdict(Counter), 0
         waiting = deque(_requests(_in_window(table, self._clock())))
         unsent = []
         try:
@@ -187,7 +196,7 @@ class Metrics:
                 log.exception("metrics.flush_failed")
 
     def _add(self, series: _Series, values: Counter[float]) -> None:
-        counts = self._table.setdefault(series, Counter())
+        counts = self._table[series]
         before = len(counts)
         counts.update(values)
         self._grew(len(counts) - before)
@@ -242,7 +251,7 @@ def _in_window(table: _Table, now: datetime) -> _Table:
         series: values
         for series, values in table.items()
         # A minute of margin, since the series stands at the minute's beginning and CloudWatch's clock is not ours.
-        if now - OLDEST + timedelta(minutes=1) < series.minute < now + NEWEST - timedelta(minutes=1)
+        if now - OLDEST + timedelta(minutes=1) < series.time < now + NEWEST - timedelta(minutes=1)
     }
     if len(kept) < len(table):
         log.warning("metrics.dropped", series=len(table) - len(kept), why="outside_cloudwatch_window")
@@ -282,7 +291,7 @@ def _datum(series: _Series, values: Counter[float]) -> "MetricDatumTypeDef":
     return {
         "MetricName": series.metric.name,
         "Dimensions": [{"Name": name, "Value": value} for name, value in series.dimensions],
-        "Timestamp": series.minute,
+        "Timestamp": series.time,
         "Values": list(values),
         "Counts": [float(count) for count in values.values()],
         "Unit": series.metric.unit,

@@ -58,7 +58,7 @@ class ObjectStore:
 
     def __init__(self, s3: "S3Client", bucket: str) -> None:
         """Take an open aiobotocore S3 client."""
-        self._s3 = s3
+        self._s3 = self.client = s3
         self.bucket = bucket
 
     async def get(self, key: str) -> bytes:
@@ -111,8 +111,8 @@ class ObjectStore:
                 return None
             raise
 
-    async def _put(self, key: str, body: bytes, **condition: Any) -> str:
-        kind = CONTENT_TYPES.get(Path(key).suffix, "application/octet-stream")
+    async def _put(self, key: str, body: bytes, media_type: str | None = None, **condition: Any) -> str:
+        kind = media_type or _media_type(key)
         stored = await self._s3.put_object(Bucket=self.bucket, Key=key, Body=body, ContentType=kind, **condition)
         return stored["ETag"]
 
@@ -148,14 +148,21 @@ class ObjectStore:
                     await asyncio.to_thread(digest.update, chunk)
         return digest.hexdigest()
 
-    async def upload(self, path: Path, key: str) -> None:
-        """Stream the file `path` into the object; above 64 MiB in parts, so that memory stays bounded."""
+    async def upload(self, path: Path, key: str, *, media_type: str | None = None) -> None:
+        """Stream the file `path` into the object; above 64 MiB in parts, so that memory stays bounded.
+
+        Without a `media_type` the key's suffix tells the object's Content-Type.
+        """
         if path.stat().st_size <= PART_BYTES:
-            await self.put(key, await asyncio.to_thread(path.read_bytes))
+            body = await asyncio.to_thread(path.read_bytes)
+            with _aws_errors():
+                await self._put(key, body, media_type)
             return
         with _aws_errors():
             where: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
-            where["UploadId"] = (await self._s3.create_multipart_upload(**where))["UploadId"]
+            kind = media_type or _media_type(key)
+            created = await self._s3.create_multipart_upload(**where, ContentType=kind)
+            where["UploadId"] = created["UploadId"]
             try:
                 parts: Any = []
                 bodies = _parts(path)
@@ -168,6 +175,10 @@ class ObjectStore:
             except BaseException:
                 await self._s3.abort_multipart_upload(**where)
                 raise
+
+
+def _media_type(key: str) -> str:
+    return CONTENT_TYPES.get(Path(key).suffix, "application/octet-stream")
 
 
 def _parts(path: Path) -> Iterator[bytes]:

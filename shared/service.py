@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from shared import log
+from shared import log, spot
 from shared.aws import Aws, connect
 from shared.config import Misconfigured, ServiceSettings, load
 from shared.metrics import Metrics
@@ -60,6 +60,8 @@ def _work_folder(work_dir: Path) -> Iterator[None]:
 
 
 async def _run(settings: Settings, serve: Serve[Settings]) -> None:
+    if settings.spot_notice and settings.grace_s > spot.LONGEST_GRACE_S:
+        raise Misconfigured(f"RADQUEUE_GRACE_S: a spot instance leaves at most {spot.LONGEST_GRACE_S:g} s.")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,12 +71,15 @@ async def _run(settings: Settings, serve: Serve[Settings]) -> None:
         await _bucket_answers(aws, settings.bucket, stop)
         logger.info("service.started", **settings.model_dump(mode="json"))
         metrics = Metrics(aws.cloudwatch)
-        flushing = asyncio.create_task(metrics.keep_flushing(settings.metrics_flush_s, asyncio.Event()))
+        beside = [asyncio.create_task(metrics.keep_flushing(settings.metrics_flush_s, asyncio.Event()))]
+        if settings.spot_notice:
+            beside.append(asyncio.create_task(spot.watch(os.environ, stop)))
         try:
             await serve(settings, aws, metrics, stop)
         finally:
-            flushing.cancel()
-            await asyncio.gather(flushing, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_FLUSH_S):
                     await metrics.flush()

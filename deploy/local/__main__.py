@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 from deploy.local.aws import MotoApplication
 from deploy.local.healthimaging import HealthImagingApplication
+from deploy.local.healthimaging_imports import ImportJobs
 from deploy.local.imagesets import ImageSetStore
 from deploy.local.server import Dispatcher, EndpointServer
 from deploy.topology import Topology, create
@@ -87,9 +88,10 @@ def _bind(port: int) -> EndpointServer:
 def _serve(server: EndpointServer, directory: Path, topology: Topology, stop: threading.Event) -> None:
     _isolate(server)
     store = ImageSetStore(directory / "healthimaging", region=topology.region)
+    jobs = ImportJobs(store, endpoint_url=server.url, region=topology.region)
     server.start(
         Dispatcher(
-            imaging=HealthImagingApplication(store),
+            imaging=HealthImagingApplication(store, jobs),
             dicomweb=_LaterDicomWeb(store),
             moto=MotoApplication(region=topology.region, stopping=server.stopping),
         )

@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 POLL_INTERVAL_S = 0.05
 MAX_WAIT_S = 20
 """SQS allows no longer poll."""
+TARGET = "HTTP_X_AMZ_TARGET"
+"""The operation of AWS's JSON protocols."""
 RECEIVE_TARGET = "AmazonSQS.ReceiveMessage"
 CALLS_OTHER_SERVICES = {"states"}
 BACKENDS: dict[str, Any] = {
@@ -66,12 +69,15 @@ class MotoApplication:
             body = self._await_message(environ, body)
         environ["CONTENT_LENGTH"] = str(len(body))
         environ["wsgi.input"] = io.BytesIO(body)
-        if service in CALLS_OTHER_SERVICES:
-            with self._lock:
-                app = self._app(service, environ)
-            return app(environ, start_response)
         with self._lock:
-            return list(self._app(service, environ)(environ, start_response))
+            app = self._app(service, environ)
+        try:
+            with nullcontext() if service in CALLS_OTHER_SERVICES else self._lock:
+                return list(app(environ, start_response))
+        except NotImplementedError:
+            if TARGET not in environ:
+                raise
+            return _invalid_action(environ[TARGET], start_response)
 
     def _app(self, service: str | None, environ: "WSGIEnvironment") -> "WSGIApplication":
         """Return what serves a request: the backend, made at its first request, or moto's own search for it."""
@@ -113,6 +119,13 @@ class MotoApplication:
         return receive.without_wait
 
 
+def _invalid_action(target: str, start_response: "StartResponse") -> Iterable[bytes]:
+    """Say that moto lacks an operation of a JSON protocol, by a code of AWS's; a server error would be tried again."""
+    told = {"__type": "InvalidAction", "message": f"{target} is not implemented by the local AWS"}
+    start_response("400 Bad Request", [("Content-Type", "application/x-amz-json-1.0")])
+    return [json.dumps(told).encode()]
+
+
 def _queue(name: str, region: str) -> Any:
     from moto.sqs.models import sqs_backends  # noqa: PLC0415 - a service's backend is loaded at its first request
 
@@ -129,7 +142,7 @@ class _Receive:
 
     @classmethod
     def parse(cls, environ: "WSGIEnvironment", body: bytes) -> "_Receive | None":
-        if environ.get("HTTP_X_AMZ_TARGET") == RECEIVE_TARGET:
+        if environ.get(TARGET) == RECEIVE_TARGET:
             try:
                 request = json.loads(body)
                 wait_s = request.get("WaitTimeSeconds")

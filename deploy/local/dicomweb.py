@@ -105,7 +105,7 @@ def store_instances(store: ImageSetStore, request: Request, *, datastore: str, s
     try:
         for upload in _uploads(request, store.incoming):
             uploads.append(upload)  # noqa: PERF402 - what came before a broken part is removed below
-        outcomes = [_examine(path, sha256, study) for path, sha256 in uploads]
+        outcomes = [examine(path, sha256, study) for path, sha256 in uploads]
         arrivals = [outcome for outcome in outcomes if isinstance(outcome, Arrival)]
         refusals = [outcome for outcome in outcomes if isinstance(outcome, _Refusal)]
         store.store(datastore, arrivals)
@@ -209,7 +209,7 @@ class _MultipartReader:
         self._buffer += chunk
 
 
-def _examine(path: Path, sha256: str, study: str) -> Arrival | _Refusal:
+def examine(path: Path, sha256: str, study: str = "") -> Arrival | _Refusal:
     """Read an uploaded file's header; a refusal names what could be read of it."""
     try:
         dataset = pydicom.dcmread(path, stop_before_pixels=True)

@@ -17,6 +17,7 @@ import botocore.session
 from werkzeug.wrappers import Request, Response
 
 from deploy.local import imagesets
+from deploy.local.healthimaging_imports import ImportJobs
 from deploy.local.imagesets import Datastore, ImageSet, ImageSetStore
 from deploy.local.restjson import ApiError, Route, seconds_of
 
@@ -28,11 +29,12 @@ DEFAULT_PAGE = 50
 
 
 class HealthImagingApplication:
-    """Serve the operations of `OPERATIONS`."""
+    """Serve the operations of `OPERATIONS` and `IMPORTS`."""
 
-    def __init__(self, store: ImageSetStore) -> None:
+    def __init__(self, store: ImageSetStore, jobs: ImportJobs) -> None:
         """Read the service model."""
         self._store = store
+        self._jobs = jobs
         model = botocore.session.Session().get_service_model("medical-imaging")
         self._routes = [Route.of(model.operation_model(name)) for name in model.operation_names]
 
@@ -50,10 +52,13 @@ class HealthImagingApplication:
 
     def _respond(self, request: Request) -> Response:
         route, in_path = self._route(request)
-        operation = OPERATIONS.get(route.model.name)
-        if operation is None:
-            raise ApiError("NotImplementedException", f"{route.model.name} is not implemented by the local AWS", 501)
-        answer = operation(self._store, **route.parameters(request, in_path))
+        name = route.model.name
+        if name in OPERATIONS:
+            answer = OPERATIONS[name](self._store, **route.parameters(request, in_path))
+        elif name in IMPORTS:
+            answer = IMPORTS[name](self._jobs, **route.parameters(request, in_path))
+        else:
+            raise ApiError("NotImplementedException", f"{name} is not implemented by the local AWS", 501)
         if isinstance(answer, bytes):
             headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
             return Response(answer, headers=headers)
@@ -313,6 +318,50 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any] | bytes]] = {
     "GetImageSet": get_image_set,
     "GetImageSetMetadata": get_image_set_metadata,
     "DeleteImageSet": delete_image_set,
+}
+
+
+def start_dicom_import_job(
+    jobs: ImportJobs,
+    *,
+    clientToken: str,
+    datastoreId: str,
+    dataAccessRoleArn: str,
+    inputS3Uri: str,
+    outputS3Uri: str,
+    jobName: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """StartDICOMImportJob, of DICOM files."""
+    if options:
+        raise ApiError("ValidationException", f"not implemented by the local AWS: {', '.join(sorted(options))}")
+    told = jobs.start(clientToken, jobName, datastoreId, dataAccessRoleArn, (inputS3Uri, outputS3Uri))
+    return {name: told[name] for name in ("datastoreId", "jobId", "jobStatus", "submittedAt")}
+
+
+def get_dicom_import_job(jobs: ImportJobs, *, datastoreId: str, jobId: str) -> dict[str, Any]:
+    """GetDICOMImportJob."""
+    return {"jobProperties": jobs.get(datastoreId, jobId).properties()}
+
+
+def list_dicom_import_jobs(
+    jobs: ImportJobs,
+    *,
+    datastoreId: str,
+    jobStatus: str | None = None,
+    nextToken: str | None = None,
+    maxResults: int = DEFAULT_PAGE,
+) -> dict[str, Any]:
+    """ListDICOMImportJobs, newest first."""
+    summaries = [job.summary() for job in jobs.of(datastoreId, jobStatus)]
+    page, following = _page(summaries, nextToken, maxResults)
+    return {"jobSummaries": page, **following}
+
+
+IMPORTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "StartDICOMImportJob": start_dicom_import_job,
+    "GetDICOMImportJob": get_dicom_import_job,
+    "ListDICOMImportJobs": list_dicom_import_jobs,
 }
 
 

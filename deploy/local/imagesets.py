@@ -252,20 +252,24 @@ class ImageSetStore:
 
     # Storing.
 
-    def store(self, datastore_id: str, arrivals: Sequence[Arrival]) -> None:
+    def store(self, datastore_id: str, arrivals: Sequence[Arrival]) -> list[ImageSet]:
         """Store instances that came in one request: each image set they change gets one new version.
 
-        Storing the same bytes again changes nothing. Raises `NotFound`.
+        Returns the image set of each. Storing the same bytes again changes nothing. Raises `NotFound`.
         """
         self.require_active(datastore_id)
         now = time.time()
         with self._transaction() as db:
             touched: dict[str, int] = {}
+            ids: list[str] = []
             for arrival in arrivals:
                 image_set = self._image_set_for(db, datastore_id, arrival, now)
                 self._put_instance(db, image_set, arrival, touched)
+                ids.append(image_set["id"])
             for image_set_id, version in touched.items():
                 self._finish_version(db, image_set_id, version, now)
+        stored = {image_set_id: self.image_set(datastore_id, image_set_id) for image_set_id in set(ids)}
+        return [stored[image_set_id] for image_set_id in ids]
 
     def _image_set_for(self, db: sqlite3.Connection, datastore_id: str, arrival: Arrival, now: float) -> sqlite3.Row:
         """Find or make the image set that an instance belongs to; a new one starts at version 0."""

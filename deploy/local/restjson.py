@@ -14,7 +14,12 @@ from typing import Any, cast
 from botocore.model import OperationModel, Shape, StringShape, StructureShape
 from werkzeug.wrappers import Request
 
-ERRORS = {"ValidationException": 400, "ResourceNotFoundException": 404, "ConflictException": 409}
+ERRORS = {
+    "ValidationException": 400,
+    "ResourceNotFoundException": 404,
+    "ConflictException": 409,
+    "ThrottlingException": 429,
+}
 
 
 class ApiError(Exception):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 
+from services.trainer.extractor import fetch_extractor
 from services.trainer.handler import Ports, handle
 from services.trainer.settings import TrainerSettings
 from shared.aws import Aws
@@ -24,7 +25,7 @@ from shared.service import run
 
 WORKER = (sys.executable, "-m", "services.trainer.worker")
 # Threads that wait for each other must not burn the processor meanwhile: it may be shared with the other services.
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 
 
 async def serve(settings: TrainerSettings, aws: Aws, metrics: Metrics, stop: asyncio.Event) -> None:
@@ -36,6 +37,7 @@ async def serve(settings: TrainerSettings, aws: Aws, metrics: Metrics, stop: asy
         worker=worker,
         settings=settings,
         clock=lambda: datetime.now(UTC),
+        extractor=await fetch_extractor(settings, aws.s3),
     )
     handlers: Mapping[type[Message], Handler] = {TrainingRequested: partial(handle, ports=ports)}
     try:

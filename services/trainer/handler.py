@@ -3,7 +3,7 @@
 Everything that a training knows is under `models/<request id>/`, so that any worker can go on with it:
 
     options.json                what was asked for; a second request of this id must be the same
-    lease.json                  who trains
+    lease.json                  who trains: a claim of shared/once.py
     manifest.json               the arrays and their split, as of the first start
     config.js                   the parameters of the round that runs; put there before the request, it is started with
     first_config.js             the parameters of the start, resolved
@@ -13,9 +13,9 @@ Everything that a training knows is under `models/<request id>/`, so that any wo
     generator.pt, generator.json, images.npy, images.png, completed.json    the products; completed.json names them
     failure.json                why it cannot work; deleted when it is tried again
 
-`evaluation.json` and `completed.json` are stored last and only where none is (`If-None-Match: *`): the first writer
-wins, and who comes later announces what the first one stored. What an evaluation names carries the epoch of the lease,
-so that a worker which lost the lease without knowing cannot change it.
+`evaluation.json` and `completed.json` are stored last and only where none is: the first writer wins, and who comes
+later announces what the first one stored. What an evaluation names carries the epoch of the lease, so that a worker
+which lost the lease without knowing cannot change it.
 """
 
 import asyncio
@@ -33,8 +33,7 @@ import numpy as np
 from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParameter, Value
 from services.trainer.dataset import Array, Manifest, newest_revisions, series_of, split, summary_of
 from services.trainer.jsconfig import modify_config, modify_config_file, read_config
-from services.trainer.lease import under_lease
-from services.trainer.policy import best_round, decide
+from services.trainer.policy import accepts, best_round, decide
 from services.trainer.records import (
     Sidecar,
     StoredCompletion,
@@ -60,8 +59,8 @@ from shared.messages import (
     TrainingRoundCompleted,
 )
 from shared.objects import ObjectMissing, ObjectStore
+from shared.once import once, store_once, stored
 from shared.queue import Publish, remaining_s
-from shared.records import store_once, stored
 
 MAX_ATTEMPTS = 3
 """Times that a round's process may fail, or that its losses may diverge, before the training is given up."""
@@ -82,6 +81,8 @@ class Ports:
     """Runs services.trainer.worker."""
     settings: TrainerSettings
     clock: Callable[[], datetime]
+    extractor: Path | None = None
+    """The network that the settings name to compare images by."""
 
 
 class CannotTrain(Exception):  # noqa: N818 - it states an outcome
@@ -103,8 +104,9 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
 
     Raises:
         Unprocessable: `request_id_taken`, this id was another request's; `invalid_record`.
-        Unavailable: another worker trains it, S3 does not answer, or the training process failed; to be tried again.
-        Continue: another round may take longer than this message can be held.
+        Claimed: another worker trains it.
+        Unavailable: S3 does not answer, or the training process failed; to be tried again.
+        Continue: another round may take longer than this message can be held, or another worker trains for very long.
     """
     request = requested.data
     folder = f"models/{request.request_id}"
@@ -113,14 +115,12 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
     options = StoredOptions(request=request, settings=ports.settings.model_dump(mode="json"))
     if (await store_once(ports.objects, f"{folder}/options.json", options)).request != request:
         raise Unprocessable("request_id_taken")
-    if await _announce_completion(folder, ports):
-        return
 
-    # Train.
-    async def work(epoch: int) -> None:
+    # Train, unless it is done.
+    async def work(epoch: int) -> StoredCompletion | None:
         await ports.objects.delete(f"{folder}/failure.json")  # of an earlier try: there may be more data now
         try:
-            await _train(request, folder, epoch, ports)
+            return await _train(request, folder, epoch, ports)
         except CannotTrain as failed:
             reason_code, numbers = failed.reason_code, failed.numbers
             told = FailedTraining(request_id=request.request_id, dataset=request.dataset, reason_code=reason_code)
@@ -128,11 +128,30 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
             await ports.objects.put(f"{folder}/failure.json", failure.model_dump_json(indent=1).encode())
             log.warning("training.failed", request_id=request.request_id, reason_code=reason_code, **numbers)
             await ports.publish(TrainingFailed.of(request.request_id, told, time=requested.time))
+            return None
 
-    await under_lease(ports.objects, f"{folder}/lease.json", work, lease_s=ports.settings.lease_s, clock=ports.clock)
+    completion = await once(
+        ports.objects,
+        f"{folder}/completed.json",
+        StoredCompletion,
+        work,
+        claim=f"{folder}/lease.json",
+        lease_s=ports.settings.lease_s,
+        clock=ports.clock,
+    )
+
+    # Announce.
+    if completion is not None:
+        log.info(
+            "training.completed",
+            request_id=request.request_id,
+            approved=completion.told.approved,
+            rounds=completion.told.rounds,
+        )
+        await ports.publish(TrainingCompleted.of(request.request_id, completion.told, time=completion.time))
 
 
-async def _train(request: TrainingRequest, folder: str, epoch: int, ports: Ports) -> None:
+async def _train(request: TrainingRequest, folder: str, epoch: int, ports: Ports) -> StoredCompletion:
     """Run the rounds that are missing, then make the products. Raises `CannotTrain`."""
     # Load.
     config = await _first_config(request, folder, ports.objects)
@@ -159,8 +178,7 @@ async def _train(request: TrainingRequest, folder: str, epoch: int, ports: Ports
             rounds.append(done)
 
         # Generate.
-        await _complete(run, rounds)
-    await _announce_completion(folder, ports)
+        return await _complete(run, rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +322,7 @@ async def _train_round(run: _Run, config: str, rounds: Sequence[StoredRound]) ->
             "config": str(out / "config.js"),
             "checkpoint": str(checkpoint) if checkpoint else None,
             "out": str(out),
+            "extractor": _extractor(run.ports),
         }
         reply = await _call(run, state, asked)
         if reply["diverged"]:
@@ -329,7 +348,7 @@ async def _train_round(run: _Run, config: str, rounds: Sequence[StoredRound]) ->
             round=number,
             steps=reply["steps"],
             evaluation=evaluation,
-            approved=evaluation.relative_fd <= run.request.threshold,
+            approved=accepts(evaluation.relative_fd, run.request.threshold, copies=evaluation.copies),
             config=parameters,
             config_key=config_key,
             duration_s=round((now - began).total_seconds(), 3),
@@ -353,9 +372,17 @@ async def _train_round(run: _Run, config: str, rounds: Sequence[StoredRound]) ->
         round=number,
         relative_fd=done.told.evaluation.relative_fd,
         approved=done.told.approved,
+        warnings=done.warnings,
         duration_s=done.told.duration_s,
     )
     return done
+
+
+def _extractor(ports: Ports) -> Json | None:
+    if ports.extractor is None:
+        return None
+    settings = ports.settings
+    return {"path": str(ports.extractor), "sha256": settings.features_sha256, "size": settings.features_size}
 
 
 async def _state(run: _Run, number: int) -> StoredState:
@@ -407,8 +434,8 @@ async def _call(run: _Run, state: StoredState, asked: Json) -> Json:
 # The end.
 
 
-async def _complete(run: _Run, rounds: Sequence[StoredRound]) -> None:
-    """Make the products of the best round, store them, and then completed.json."""
+async def _complete(run: _Run, rounds: Sequence[StoredRound]) -> StoredCompletion:
+    """Make the products of the best round, store them, and say what completed.json is to hold."""
     best = best_round([done.observation() for done in rounds])
     chosen, objects = rounds[best - 1], run.ports.objects
     out = run.work_dir / "products"
@@ -441,8 +468,7 @@ async def _complete(run: _Run, rounds: Sequence[StoredRound]) -> None:
         images_key=f"{run.folder}/images.png",
         images_array_key=f"{run.folder}/images.npy",
     )
-    completion = StoredCompletion(told=told, time=run.ports.clock(), best_round=best)
-    await store_once(objects, f"{run.folder}/completed.json", completion)
+    return StoredCompletion(told=told, time=run.ports.clock(), best_round=best)
 
 
 def _generator_description(run: _Run, chosen: StoredRound, reply: Json, sha256: str) -> dict[str, object]:
@@ -461,14 +487,3 @@ def _generator_description(run: _Run, chosen: StoredRound, reply: Json, sha256: 
         "manifest_key": f"{run.folder}/manifest.json",
         "intended_use": "research; not for clinical use",
     }
-
-
-async def _announce_completion(folder: str, ports: Ports) -> bool:
-    """Announce what completed.json holds; tells whether it is there."""
-    completion = await stored(ports.objects, f"{folder}/completed.json", StoredCompletion)
-    if completion is None:
-        return False
-    told = completion.told
-    log.info("training.completed", request_id=told.request_id, approved=told.approved, rounds=told.rounds)
-    await ports.publish(TrainingCompleted.of(told.request_id, told, time=completion.time))
-    return True

@@ -37,7 +37,8 @@ class StoredRound(_Stored):
 
     def observation(self) -> Observation:
         """Return what the policy looks at."""
-        return Observation(self.told.evaluation.relative_fd, self.margin, self.told.config)
+        evaluation = self.told.evaluation
+        return Observation(evaluation.relative_fd, self.margin, self.told.config, evaluation.copies)
 
 
 class StoredState(_Stored):

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.trainer.config import TrainingConfig
-from services.trainer.frechet import calculate_fid
+from services.trainer.evaluation import evaluate
+from services.trainer.features import RANDCONV, load_extractor
 from services.trainer.jsconfig import read_config
 from services.trainer.networks import Generator
 from services.trainer.training import Diverged, Progress, generate_images, resume, start, state_of, train_gan
@@ -51,6 +52,7 @@ def train_round(
     device: str,
     threads: int,
     tell: Tell,
+    extractor: Json | None = None,
 ) -> Json:
     """Train one round and evaluate it.
 
@@ -63,6 +65,7 @@ def train_round(
         device: auto, cpu or cuda.
         threads: of torch; 0 for its own choice.
         tell: receives the losses, every few seconds.
+        extractor: `path`, `sha256` and `size` of the network to compare images by; None takes `randconv-v1`.
 
     Returns:
         `diverged`, and if it did not: `steps` (of this round), `margin`, `evaluation`.
@@ -71,6 +74,10 @@ def train_round(
     parameters = TrainingConfig.of(read_config(Path(config).read_text(encoding="utf-8")))
     real = load_images(train, parameters.image_size)
     unseen = load_images(held_out, parameters.image_size)
+
+    space = RANDCONV
+    if extractor is not None:
+        space = load_extractor(Path(extractor["path"]), extractor["sha256"], size=extractor["size"], device=where)
 
     if checkpoint is None:
         training = start(parameters, where)
@@ -86,7 +93,7 @@ def train_round(
     judged = _generate(average, n_judged, EVALUATION_SEED, where)
     if not judged.isfinite().all():
         return {"diverged": True}
-    evaluation = calculate_fid(unseen, judged, real)
+    evaluation = evaluate(unseen, judged, real, space, where)
     folder = Path(out)
     torch.save(state_of(training), folder / "checkpoint.pt")
     _save_grid(_generate(average, GRID_IMAGES, SAMPLE_SEED, where), folder / "images.png")
@@ -94,7 +101,7 @@ def train_round(
         "diverged": False,
         "steps": parameters.steps,
         "margin": reports[-1].margin,
-        "evaluation": asdict(evaluation),
+        "evaluation": evaluation,
         "losses": [asdict(report) for report in reports],
         "device": where.type,
     }

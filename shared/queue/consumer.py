@@ -14,7 +14,7 @@ import structlog
 
 from shared import metrics as declared
 from shared.config import ServiceSettings
-from shared.errors import Unprocessable
+from shared.errors import Claimed, Unprocessable
 from shared.log import get_logger
 from shared.messages import Event, Message, decode
 from shared.metrics import Metrics
@@ -89,11 +89,15 @@ class _Consumer:
     settings: ServiceSettings
     stop: asyncio.Event
     metrics: Metrics | None
+    logger: Any = field(default_factory=log.bind)
+    """For what is logged with every message: the module's is bound anew for each line."""
     circuit: Circuit = field(default_factory=Circuit)
     running: "dict[Received, asyncio.Task[None]]" = field(default_factory=dict)
     slot_freed: asyncio.Event = field(default_factory=asyncio.Event)
     poll: "asyncio.Task[list[Received]] | None" = None
     poll_ends: float = 0.0
+    stopping: "asyncio.Task[bool]" = field(init=False)
+    """Done once `stop` is set."""
     keeper: LeaseKeeper = field(init=False)
     deleter: Deleter = field(init=False)
 
@@ -107,6 +111,7 @@ class _Consumer:
         self.deleter = Deleter(self.queue, self.keeper)
 
     async def run(self) -> None:
+        self.stopping = asyncio.create_task(self.stop.wait())
         background = [asyncio.create_task(one.run()) for one in (self.keeper, self.deleter)]
         receiving = asyncio.create_task(self._receive())
         try:
@@ -118,7 +123,7 @@ class _Consumer:
             await self._drain()
         finally:
             polling = [] if self.poll is None else [self.poll]
-            await _cancel(receiving, *polling, *self.running.values(), *background)
+            await _cancel(self.stopping, receiving, *polling, *self.running.values(), *background)
 
     # Receive.
 
@@ -134,7 +139,7 @@ class _Consumer:
             self.poll = asyncio.create_task(
                 self.queue.receive(wanted, wait_s=wait_s, visibility_s=self.settings.visibility_s)
             )
-            await _first(self.poll, self.stop.wait())
+            await self._unless_stopped(self.poll)
             if self.stop.is_set():
                 return
             try:
@@ -144,11 +149,10 @@ class _Consumer:
                 failures += 1
                 delay_s = random.uniform(0, min(LONGEST_BACKOFF_S, 2.0 ** min(failures, 10)))  # noqa: S311 - jitter
                 log.warning("queue.poll_failed", error=code_of(error), failures=failures, delay_s=round(delay_s, 1))
-                await _first(asyncio.sleep(delay_s), self.stop.wait())
+                await self._unless_stopped(asyncio.sleep(delay_s))
                 continue
             failures = 0
-            for message in messages:
-                self._begin(message)
+            self._begin(messages)
 
     async def _slots(self) -> int:
         """Wait for a free slot; return how many messages to poll for, which is none if the wait ended otherwise."""
@@ -156,22 +160,33 @@ class _Consumer:
         # While the circuit is open, one message at a time shows whether it works again.
         if free <= 0 or (self.circuit.is_open and self.running):
             self.slot_freed.clear()
-            await _first(self.slot_freed.wait(), self.stop.wait())
+            await self._unless_stopped(self.slot_freed.wait())
             return 0
         if self.circuit.is_open:
-            await _first(asyncio.sleep(self.circuit.pause_s), self.stop.wait())
+            await self._unless_stopped(asyncio.sleep(self.circuit.pause_s))
             return 0 if self.stop.is_set() else 1
         return min(free, BATCH)
 
+    async def _unless_stopped(self, awaited: "Coroutine[Any, Any, Any] | asyncio.Task[Any]") -> None:
+        """Wait until it is done or `stop` is set; what was not a task of its own is then cancelled."""
+        task = asyncio.ensure_future(awaited)
+        try:
+            await asyncio.wait([task, self.stopping], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if task is not awaited:
+                task.cancel()
+
     # Handle.
 
-    def _begin(self, message: Received) -> None:
-        self._count(declared.MESSAGES_RECEIVED)
-        if message.receive_count == 1:
-            self._measure(declared.MESSAGE_AGE, max(0.0, message.waited_s))
-        self.keeper.hold(message)
-        message.handler = self.running[message] = asyncio.create_task(self._handle(message))
-        self._measure(declared.IN_FLIGHT, len(self.running))
+    def _begin(self, messages: list[Received]) -> None:
+        for message in messages:
+            if message.receive_count == 1:
+                self._measure(declared.MESSAGE_AGE, max(0.0, message.waited_s))
+            self.keeper.hold(message)
+            message.handler = self.running[message] = asyncio.create_task(self._handle(message))
+        if messages:
+            self._measure(declared.MESSAGES_RECEIVED, len(messages))
+            self._measure(declared.IN_FLIGHT, len(self.running))
 
     async def _handle(self, message: Received) -> None:
         structlog.contextvars.bind_contextvars(message_id=message.message_id, receive_count=message.receive_count)
@@ -187,10 +202,12 @@ class _Consumer:
         try:
             self._tell(message, fate, error, time.monotonic() - started)
             await self._settle(message, fate, error)
-        except AWS_ERRORS as failed:
-            # The message is left alone and comes again after its visibility timeout: nothing is lost.
+        except Exception as failed:
+            # The message is left alone and comes again after its visibility timeout: nothing is lost. Of a bug, too:
+            # a message that stayed held would come again after 12 hours.
             self.keeper.drop(message)
-            log.warning("message.not_settled", error=code_of(failed))
+            bug = None if isinstance(failed, AWS_ERRORS) else failed
+            log.warning("message.not_settled", error=code_of(failed), exc_info=bug)
         finally:
             del self.running[message]
             self.slot_freed.set()
@@ -199,7 +216,7 @@ class _Consumer:
         became = "lost" if message.lost else fate.value
         self._measure(declared.HANDLER_SECONDS, round(seconds, 3))
         self._count(declared.MESSAGE_FATES, Fate=became)
-        log.log(
+        self.logger.log(
             LEVELS[fate],
             "message.handled",
             fate=became,
@@ -207,7 +224,9 @@ class _Consumer:
             reason=message.lost or reason_of(error),
             exc_info=error if is_bug(error) else None,
         )
-        if fate is not Fate.RELEASE and self.circuit.note(None if fate is Fate.CONTINUE else reason_of(error)):
+        if fate is Fate.RELEASE or isinstance(error, Claimed):  # neither tells whether work can be done
+            return
+        if self.circuit.note(None if fate is Fate.CONTINUE else reason_of(error)):
             self._count(declared.CIRCUIT_OPENED)
             log.error("circuit.opened", reason=reason_of(error), pause_s=self.circuit.pause_s)
 
@@ -286,17 +305,6 @@ class _Consumer:
         if self.metrics is not None:
             dimensions["Queue"] = self.queue.name
             self.metrics.put(metric, value, at=None, **dimensions)
-
-
-async def _first(*awaitables: "Coroutine[Any, Any, Any] | asyncio.Task[Any]") -> None:
-    """Wait until one of them is done; what was not a task of its own is cancelled."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
-    own = [task for task, given in zip(tasks, awaitables, strict=True) if task is not given]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in own:
-            task.cancel()
 
 
 async def _cancel(*tasks: "asyncio.Task[Any]") -> None:

@@ -33,6 +33,7 @@ FATES: tuple[tuple[type, Fate], ...] = (
     (asyncio.CancelledError, Fate.RELEASE),
 )
 """Anything else is a bug: retried, and dead-lettered at its third receive."""
+NO_BUGS = tuple(kind for kind, _ in FATES)
 
 
 def fate_of(error: BaseException | None, receive_count: int) -> Fate:
@@ -45,7 +46,7 @@ def fate_of(error: BaseException | None, receive_count: int) -> Fate:
 
 def is_bug(error: BaseException | None) -> bool:
     """Tell whether the table does not know it."""
-    return not isinstance(error, tuple(kind for kind, _ in FATES))
+    return not isinstance(error, NO_BUGS)
 
 
 def retry_delay_s(receive_count: int, base_s: float) -> int:

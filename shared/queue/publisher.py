@@ -1,14 +1,13 @@
 """Sends events to the queues that their classes name."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, Self
-
-from botocore.exceptions import ClientError
 
 from shared.config import Misconfigured, ServiceSettings
 from shared.errors import Unavailable, Unprocessable
 from shared.log import get_logger
 from shared.messages import Event, Queue
-from shared.queue.sqs import AWS_ERRORS, LARGEST_BODY_BYTES, code_of
+from shared.queue.sqs import AWS_ERRORS, LARGEST_BODY_BYTES, code_of, patiently
 from shared.queue.trace import current_traceparent
 
 if TYPE_CHECKING:
@@ -32,13 +31,13 @@ class Publisher:
         """Return a publisher of these events.
 
         Raises:
-            Misconfigured: a queue that they are sent to does not exist, or may not be used.
+            Misconfigured: a queue that they are sent to does not exist, may not be used, or SQS does not answer.
         """
         publisher = cls(sqs, settings)
         for queue in sorted({queue for event in events for queue in event.queues}):
             try:
-                await publisher._url(queue)
-            except ClientError as error:
+                await patiently(partial(publisher._url, queue))
+            except AWS_ERRORS as error:
                 raise Misconfigured(f"RADQUEUE_{queue.upper()}_QUEUE: SQS answers {code_of(error)}.") from None
         return publisher
 

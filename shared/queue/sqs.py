@@ -5,13 +5,16 @@ Quotas: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGui
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from shared.config import Misconfigured
+from shared.log import get_logger
 
 if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient
@@ -25,11 +28,16 @@ LONGEST_LEASE_S = 12 * 3600
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-visibility-timeout.html"""
 BEYOND_LIMIT = "beyond the limit"
 """Words by which SQS refuses an extension past that; its code is the one of an invalid handle, too."""
+START_PATIENCE_S = 30.0
+"""Seconds that SQS may take to answer at a start: a service may be started before what it needs."""
+START_PAUSE_S = 1.0
 ATTEMPT = "attempt"
 """Message attribute: how often the work was continued in a new message."""
 AWS_ERRORS = (BotoCoreError, ClientError, OSError, TimeoutError)
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+log = get_logger()
 
 
 @dataclass(eq=False, slots=True)
@@ -122,18 +130,43 @@ async def open_queue(sqs: "SQSClient", name: str) -> SqsQueue:
     """Find a queue and its dead-letter queue.
 
     Raises:
-        Misconfigured: one of them does not exist.
+        Misconfigured: one of them does not exist, or SQS does not answer.
     """
     try:
-        url = (await sqs.get_queue_url(QueueName=name))["QueueUrl"]
-        answer = await sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["RedrivePolicy"])
-        policy = answer.get("Attributes", {}).get("RedrivePolicy")
-        if policy is None:
-            raise Misconfigured(f"The queue {name} has no redrive policy: give it a dead-letter queue.")
-        dead_letter_queue = json.loads(policy)["deadLetterTargetArn"].rsplit(":", 1)[1]
-        return SqsQueue(sqs, name, url, (await sqs.get_queue_url(QueueName=dead_letter_queue))["QueueUrl"])
-    except ClientError as error:
+        return await patiently(partial(_open, sqs, name))
+    except AWS_ERRORS as error:
         raise Misconfigured(f"The queue {name} or its dead-letter queue cannot be used: {code_of(error)}.") from None
+
+
+async def _open(sqs: "SQSClient", name: str) -> SqsQueue:
+    url = (await sqs.get_queue_url(QueueName=name))["QueueUrl"]
+    answer = await sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["RedrivePolicy"])
+    policy = answer.get("Attributes", {}).get("RedrivePolicy")
+    if policy is None:
+        raise Misconfigured(f"The queue {name} has no redrive policy: give it a dead-letter queue.")
+    dead_letter_queue = json.loads(policy)["deadLetterTargetArn"].rsplit(":", 1)[1]
+    return SqsQueue(sqs, name, url, (await sqs.get_queue_url(QueueName=dead_letter_queue))["QueueUrl"])
+
+
+async def patiently(call: Callable[[], Awaitable[Result]]) -> Result:
+    """Make a call again while SQS does not answer it; one that is refused, or START_PATIENCE_S later, raises."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + START_PATIENCE_S
+    while True:
+        try:
+            return await call()
+        except AWS_ERRORS as error:
+            if _is_refusal(error) or loop.time() > until:
+                raise
+            log.warning("queue.waiting", error=code_of(error))
+        await asyncio.sleep(START_PAUSE_S)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return (
+        isinstance(error, ClientError)
+        and error.response["ResponseMetadata"]["HTTPStatusCode"] < HTTPStatus.INTERNAL_SERVER_ERROR
+    )
 
 
 def code_of(error: BaseException) -> str:

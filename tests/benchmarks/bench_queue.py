@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
+from aiobotocore.session import get_session
 
 from shared import log
 from shared.aws import Aws, connect
@@ -30,9 +30,13 @@ from shared.queue.leases import LeaseKeeper
 from shared.queue.sqs import batches, open_queue
 from shared.queue.trace import new_traceparent
 
+if TYPE_CHECKING:
+    from types_aiobotocore_sqs import SQSClient
+
 ROOT = Path(__file__).parent.parent.parent
 QUEUE = "radqueue-bench"
-MESSAGES, WARM_UP, REPEATS = 2_000, 200, 5
+MESSAGES, ROUNDS = 1_000, 11
+"""Of each client; the first round warms up, and is not counted."""
 HELD = 1_000
 MEMORY_MESSAGES, MEMORY_S = 100_000, 110.0
 """As many, or as many as the server lets through in this time."""
@@ -44,35 +48,44 @@ SETTINGS = ServiceSettings(poll_s=1)
 
 
 def rows() -> list[dict[str, Any]]:
-    """Run both clients in turn, then the long run, then the keeper; the ratio is the median of the pairs' ratios."""
+    """Run the clients in turn, a round each, then the long run, then the keeper; ratios are of medians."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         url = stack.enter_context(_server("tests.queue.fakesqs"))
         local = stack.enter_context(_server("deploy.local", "--port", "0", "--dir", folder))
         server = _Server(stack, url, local)
-        ran: dict[str, list[dict[str, float]]] = {"runtime": [], "bare": []}
-        for _ in range(REPEATS):
-            for which, found in ran.items():
-                server.fill(WARM_UP + MESSAGES)
-                found.append(server.client(which, MESSAGES))
+        ran = _in_turn(server, ("runtime", "bare", "same_client"))
         rate = statistics.median(one["per_s"] for one in ran["runtime"])
         memory = server.long_run(min(MEMORY_MESSAGES, int(rate * MEMORY_S)))
         server.fill(HELD)
-        keeper = server.client("keeper", HELD)
+        with server.client("keeper") as client:
+            keeper = client(HELD)
 
     cpu = {which: statistics.median(one["cpu_s"] for one in found) for which, found in ran.items()}
-    pairs = zip(ran["runtime"], ran["bare"], strict=True)
-    ratio = statistics.median(ours["cpu_s"] / bare["cpu_s"] for ours, bare in pairs)
-    what, n = "CPU of a client per 1,000 messages", MESSAGES * REPEATS
+    what, n = "CPU of a client per 1,000 messages", MESSAGES * (ROUNDS - 1)
     return [
         _row(f"{what}, consume: typed, traced, metered, logged", cpu["runtime"], "s", n),
-        _row(f"{what}, receive and delete_message_batch", cpu["bare"], "s", n),
-        _row(f"{what}, ratio", ratio, "x", n),
+        _row(f"{what}, aiobotocore's receive and delete_message_batch", cpu["bare"], "s", n),
+        _row(f"{what}, ratio", cpu["runtime"] / cpu["bare"], "x", n),
+        _row(f"{what}, the same with the runtime's own client", cpu["same_client"], "s", n),
+        _row(f"{what}, ratio to that", cpu["runtime"] / cpu["same_client"], "x", n),
         _row("messages per second, consume, one server process", rate, "1/s", n),
         _row("lease renewal per message, CPU", keeper["cpu_ms"], "ms", HELD),
         _row("lease renewal per message, wall, one server process", keeper["wall_ms"], "ms", HELD),
         _row("resident memory per message, slope", memory["slope_bytes"], "B", int(memory["n"])),
         _row("resident memory at the end of that", memory["end_mib"], "MiB", int(memory["n"])),
     ]
+
+
+def _in_turn(server: "_Server", clients: tuple[str, ...]) -> dict[str, list[dict[str, float]]]:
+    """Let the clients take rounds, so that what else the machine does meets them alike."""
+    with contextlib.ExitStack() as stack:
+        run = {which: stack.enter_context(server.client(which)) for which in clients}
+        ran: dict[str, list[dict[str, float]]] = {which: [] for which in clients}
+        for _ in range(ROUNDS):
+            for which in clients:
+                server.fill(MESSAGES)
+                ran[which].append(run[which](MESSAGES))
+    return {which: found[1:] for which, found in ran.items()}
 
 
 def _row(what: str, value: float, unit: str, n: int) -> dict[str, Any]:
@@ -133,18 +146,23 @@ class _Server:
             entries = [{"Id": str(index), "MessageBody": body} for index, body in enumerate(some)]
             self._sqs.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
 
-    def client(self, which: str, n: int) -> dict[str, float]:
-        """Run a client to its end; returns what it measured."""
-        process = self._start(which, n)
-        told, _ = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"the client {which} ended with {process.returncode}")
-        return json.loads(told)
+    @contextlib.contextmanager
+    def client(self, which: str) -> "Iterator[Callable[[int], dict[str, float]]]":
+        """Start a client; give the function that has it consume n messages, and returns what it measured."""
+        with self._start(which) as process:
+
+            def run(n: int) -> dict[str, float]:
+                _ask(process, n)
+                return json.loads(process.stdout.readline())
+
+            yield run
+            process.stdin.close()
 
     def long_run(self, n: int) -> dict[str, float]:
         """Run the runtime over `n` messages, which come while it runs."""
         sent = 0
-        with self._start("memory", n) as process:
+        with self._start("memory") as process:
+            _ask(process, n)
             while sent < n and process.poll() is None:
                 room = min(BACKLOG - self._backlog(), n - sent)
                 if room >= min(BACKLOG // 2, n - sent):
@@ -160,71 +178,97 @@ class _Server:
         answer = self._sqs.get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=asked)
         return sum(map(int, answer["Attributes"].values()))
 
-    def _start(self, which: str, n: int) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "tests.benchmarks.bench_queue", which, str(n)]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        return subprocess.Popen(command, cwd=ROOT, env=environ | self._environ, stdout=subprocess.PIPE, text=True)
+    def _start(self, which: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "tests.benchmarks.bench_queue", which]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | self._environ
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+
+def _ask(process: "subprocess.Popen[str]", n: int) -> None:
+    process.stdin.write(f"{n}\n")
+    process.stdin.flush()
 
 
 # The clients.
 
 
-async def _client(which: str, n: int) -> dict[str, float]:
+async def _client(which: str) -> None:
+    """Answer each number of messages on standard input with what consuming them took."""
     with Path(os.devnull).open("w") as nowhere:
         log.setup("bench", stream=nowhere)
         async with connect(os.environ) as aws:
-            return await CLIENTS[which](aws, n)
+            for line in sys.stdin:
+                print(json.dumps(await CLIENTS[which](aws, int(line))), flush=True)  # noqa: T201 - told to the parent
+
+
+class _Stopwatch:
+    """Measures from the first message to the last, so that neither start nor drain counts."""
+
+    def __init__(self) -> None:
+        self._times: list[tuple[float, float]] = []
+
+    def look(self) -> None:
+        self._times.append((time.process_time(), time.perf_counter()))
+
+    def per_thousand(self, n: int) -> dict[str, float]:
+        (cpu, wall), (cpu_end, wall_end) = self._times[0], self._times[-1]
+        return {"cpu_s": (cpu_end - cpu) * 1_000 / n, "per_s": n / (wall_end - wall)}
 
 
 async def _runtime(aws: Aws, n: int) -> dict[str, float]:
-    metrics = Metrics(aws.cloudwatch)
-    await _consume(aws, WARM_UP, metrics)
+    metrics, watch = Metrics(aws.cloudwatch), _Stopwatch()
+    await _consume(aws, n, metrics, lambda n_handled: watch.look() if n_handled in (1, n) else None)
+    found, before = watch.per_thousand(n), time.process_time()
     await metrics.flush()
-    cpu, wall = _cpu_s(), time.perf_counter()
-    wall_s = await _consume(aws, n, metrics) - wall
-    await metrics.flush()
-    return {"cpu_s": (_cpu_s() - cpu) * 1_000 / n, "per_s": n / wall_s}
+    return found | {"cpu_s": found["cpu_s"] + (time.process_time() - before) * 1_000 / n}
 
 
-async def _consume(aws: Aws, n: int, metrics: Metrics, each: Callable[[int], None] = lambda _: None) -> float:
-    """Consume `n` messages; returns when the last one was handled."""
+async def _consume(aws: Aws, n: int, metrics: Metrics, each: Callable[[int], None]) -> None:
+    """Consume `n` messages, telling `each` how many were handled."""
     stop = asyncio.Event()
-    n_handled, ended = 0, 0.0
+    n_handled = 0
 
     async def handle(_: ReportRequested) -> None:
-        nonlocal n_handled, ended
+        nonlocal n_handled
         n_handled += 1
         each(n_handled)
         if n_handled == n:
-            ended = time.perf_counter()
             stop.set()
 
     await consume({ReportRequested: handle}, aws.sqs, QUEUE, settings=SETTINGS, stop=stop, metrics=metrics)
-    return ended
 
 
 async def _bare(aws: Aws, n: int) -> dict[str, float]:
-    url = (await aws.sqs.get_queue_url(QueueName=QUEUE))["QueueUrl"]
-    await _receive_and_delete(aws, url, WARM_UP)
-    cpu, wall = _cpu_s(), time.perf_counter()
-    await _receive_and_delete(aws, url, n)
-    return {"cpu_s": (_cpu_s() - cpu) * 1_000 / n, "per_s": n / (time.perf_counter() - wall)}
+    """Receive and delete with a client as aiobotocore makes it."""
+    create: Any = get_session().create_client
+    async with create("sqs", region_name=aws.region) as sqs:
+        return await _receive_and_delete(sqs, n)
 
 
-async def _receive_and_delete(aws: Aws, url: str, n: int) -> None:
-    n_deleted = 0
-    while n_deleted < n:
-        received = await aws.sqs.receive_message(
+async def _same_client(aws: Aws, n: int) -> dict[str, float]:
+    """Receive and delete with the client that the runtime uses."""
+    return await _receive_and_delete(aws.sqs, n)
+
+
+async def _receive_and_delete(sqs: "SQSClient", n: int) -> dict[str, float]:
+    url = (await sqs.get_queue_url(QueueName=QUEUE))["QueueUrl"]
+    watch, n_received = _Stopwatch(), 0
+    while n_received < n:
+        received = await sqs.receive_message(
             QueueUrl=url,
-            MaxNumberOfMessages=10,
+            MaxNumberOfMessages=SETTINGS.slots,
             WaitTimeSeconds=SETTINGS.poll_s,
             VisibilityTimeout=SETTINGS.visibility_s,
         )
+        watch.look()
         messages = received.get("Messages", [])
         if messages:
             entries: Any = [{"Id": str(i), "ReceiptHandle": one["ReceiptHandle"]} for i, one in enumerate(messages)]
-            await aws.sqs.delete_message_batch(QueueUrl=url, Entries=entries)
-        n_deleted += len(messages)
+            await sqs.delete_message_batch(QueueUrl=url, Entries=entries)
+        n_received += len(messages)
+    return watch.per_thousand(n)
 
 
 async def _keeper(aws: Aws, n: int) -> dict[str, float]:
@@ -236,7 +280,7 @@ async def _keeper(aws: Aws, n: int) -> dict[str, float]:
     def count(more: int) -> None:
         nonlocal extended
         extended += more
-        began.append((_cpu_s(), time.perf_counter()))
+        began.append((time.process_time(), time.perf_counter()))
         if extended >= n:
             all_extended.set()
 
@@ -274,12 +318,13 @@ async def _memory(aws: Aws, n: int) -> dict[str, float]:
     return {"n": n, "slope_bytes": slope, "end_mib": _resident_bytes() / 2**20}
 
 
-CLIENTS: Mapping[str, Any] = {"runtime": _runtime, "bare": _bare, "keeper": _keeper, "memory": _memory}
-
-
-def _cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+CLIENTS: Mapping[str, Any] = {
+    "runtime": _runtime,
+    "bare": _bare,
+    "same_client": _same_client,
+    "keeper": _keeper,
+    "memory": _memory,
+}
 
 
 def _resident_bytes() -> float:
@@ -289,7 +334,7 @@ def _resident_bytes() -> float:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps(asyncio.run(_client(sys.argv[1], int(sys.argv[2])))))  # noqa: T201 - told to the parent
+        asyncio.run(_client(sys.argv[1]))
     else:
         for row in rows():
             print(f"{row['what']:75} {row['value']:8.3f} {row['unit']:3} n={row['n']}")  # noqa: T201

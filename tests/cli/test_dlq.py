@@ -24,17 +24,17 @@ from shared.queue.fates import dead_letter_attributes
 ROOT = Path(__file__).parent.parent.parent
 NAME = "Müller^Anna"
 POISON = f'{{"specversion": "1.0", "type": "{NAME}", "PatientName": "{NAME}", "id": '
-KILLED_BEFORE_DELETE = """
-import os, signal
+KILLED = """
+import os, signal, sys
 from cli import dlq
 from cli.client import Client
 from cli.main import app
 
-make = Client._client
+make, moment = Client._client, sys.argv.pop(1)
 
 def client(self, service):
     made = make(self, service)
-    made.meta.events.register("before-call.sqs.DeleteMessageBatch", lambda **_: os.kill(os.getpid(), signal.SIGKILL))
+    made.meta.events.register(moment, lambda **_: os.kill(os.getpid(), signal.SIGKILL))
     return made
 
 Client._client = client
@@ -193,7 +193,7 @@ def test_a_redrive_moves_everything_and_drops_the_reasons(invoke, queue):
     arrived = queue.visible(queue.url)
 
     assert done.exit_code == 0, done.output
-    assert (told["moved"], told["left"], told["reasons"]) == (12, 0, {"bug": 12})
+    assert (told["how"], told["moved"], told["left"], told["reasons"]) == ("messages", 12, 0, {"bug": 12})
     assert "moved" in done.stderr
     assert sorted(message["Body"] for message in arrived) == sent
     assert [set(message["MessageAttributes"]) for message in arrived] == [{"attempt"}] * 12
@@ -218,11 +218,19 @@ def test_only_what_was_asked_for_is_moved(invoke, queue):
     assert sorted(queue.bodies(queue.url) + queue.bodies(queue.dead_url)) == untouched[0]
 
 
-def test_a_redrive_killed_between_send_and_delete_loses_nothing(invoke, queue, environ):
-    """Whoever is killed there leaves the messages in both queues; the next redrive finds them again."""
+@pytest.mark.parametrize(
+    ("moment", "moved", "left"),
+    [
+        ("after-call.sqs.ReceiveMessage", [], ["a", "b"]),
+        ("after-call.sqs.SendMessageBatch", ["a", "b"], ["a", "b"]),
+        ("after-call.sqs.DeleteMessageBatch", ["a", "b"], []),
+    ],
+)
+def test_a_redrive_that_is_killed_loses_nothing(invoke, queue, environ, *, moment, moved, left):
+    """Killed between send and delete it leaves the messages in both queues; the next redrive finds what is left."""
     queue.bury("a", "b", reason="bug")
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED_BEFORE_DELETE, "redrive", "reporting", "--max", "2"],
+        [sys.executable, "-c", KILLED, moment, "redrive", "reporting", "--max", "2"],
         cwd=ROOT,
         env=os.environ | environ,
         capture_output=True,
@@ -230,15 +238,15 @@ def test_a_redrive_killed_between_send_and_delete_loses_nothing(invoke, queue, e
         check=False,
     )
     after_kill = queue.bodies(queue.url)
-    while not queue.bodies(queue.dead_url):
+    while left and not queue.bodies(queue.dead_url):
         time.sleep(0.1)
-    left = queue.bodies(queue.dead_url)
+    still_there = queue.bodies(queue.dead_url)
     again = invoke("redrive", "reporting", "--max", "2")
 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (after_kill, left) == (["a", "b"], ["a", "b"])
+    assert (after_kill, still_there) == (moved, left)
     assert again.exit_code == 0
-    assert (queue.bodies(queue.url), queue.bodies(queue.dead_url)) == (["a", "a", "b", "b"], [])
+    assert (queue.bodies(queue.url), queue.bodies(queue.dead_url)) == (sorted(moved + left), [])
 
 
 @pytest.fixture

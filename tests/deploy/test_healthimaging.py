@@ -357,6 +357,9 @@ SERVED = {
     "GetImageSet",
     "GetImageSetMetadata",
     "DeleteImageSet",
+    "StartDICOMImportJob",
+    "GetDICOMImportJob",
+    "ListDICOMImportJobs",
 }
 MODEL = botocore.session.get_session().get_service_model("medical-imaging")
 SAMPLES = {

@@ -346,6 +346,16 @@ def _run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
 
 
+def test_an_operation_that_is_missing_is_refused_and_not_tried_again(aws_client):
+    """What moto lacks is refused with 400 and a code of AWS's: after a server error a client would ask again."""
+    asked = {"SourceArn": "arn:aws:sqs:us-east-1:123456789012:radqueue-ingest-dlq"}
+    with pytest.raises(ClientError) as refused:
+        aws_client("sqs").start_message_move_task(**asked)
+
+    assert refused.value.response["Error"]["Code"] == "InvalidAction"
+    assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 400
+
+
 def test_a_taken_port_is_said_so(local_aws, tmp_path):
     """The second process on a port explains itself and exits with 2."""
     ended = _run("--port", local_aws.endpoint_url.rpartition(":")[2], "--dir", tmp_path)

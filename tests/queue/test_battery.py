@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from shared.config import Misconfigured
 from shared.errors import Unavailable, Unprocessable
+from shared.queue import consumer
 from tests.queue.fakesqs import Fault, throttled
 from tests.queue.sqsmodel import LONGEST_LEASE_S
 from tests.queue.virtualtime import virtual_time
@@ -124,6 +126,52 @@ async def test_errors_of_receive_are_not_hammered():
         last_five_minutes = [entry for entry in here.calls("ReceiveMessage") if entry.at > 300]
 
         assert 5 <= len(last_five_minutes) <= 240  # each try of the runtime is up to four of the client
+
+
+@pytest.mark.parametrize("kind", ["reset", "error"])
+@virtual_time
+async def test_a_start_while_sqs_does_not_answer_is_survived(kind):
+    """Fifteen seconds of resets or 5xx at the start: the process waits, then works."""
+    async with world() as here:
+        here.fake.faults.append(Fault("*", kind, times=10**6, until=here.now() + 15))
+        worker = here.consumer()
+        await here.send()
+        await here.emptied(within_s=60)
+
+        assert not worker.task.done()
+        assert worker.runs == ["2026-11"]
+
+
+@virtual_time
+async def test_a_bug_in_settling_gives_the_message_up(monkeypatch):
+    """A message that could not be settled is not extended any more: it comes again after one visibility timeout."""
+    async with world() as here:
+        bugs = [KeyError("attributes")]
+        attributes = consumer.dead_letter_attributes
+
+        def fails_once(*arguments):
+            if bugs:
+                raise bugs.pop()
+            return attributes(*arguments)
+
+        monkeypatch.setattr(consumer, "dead_letter_attributes", fails_once)
+        await here.send("not json")
+        here.consumer(visibility_s=60)
+        await here.emptied(within_s=100)
+
+        assert receives(here) == [1, 2]
+        assert [one["reason_code"] for one in here.dead_letters()] == ["not_json"]
+
+
+@virtual_time
+async def test_a_start_without_sqs_is_misconfigured():
+    """Where nothing answers, the process does not wait for ever, and says which queue it waited for."""
+    async with world() as here:
+        here.fake.faults.append(Fault("*", "reset", times=10**6))
+        worker = here.consumer()
+        async with asyncio.timeout(120):
+            with pytest.raises(Misconfigured, match=QUEUE):
+                await worker.task
 
 
 # Leases.

@@ -25,7 +25,7 @@ def table(title):
 
 def test_the_example_is_a_service(local_aws, own_queues, aws_client, tmp_path):
     """The code of the guide, as it stands there, handles a message, deletes it, and ends with 0 at SIGTERM."""
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)[0]
     (tmp_path / "greeter.py").write_text(code)
     settings = {f"RADQUEUE_{name.upper()}": str(value) for name, value in own_queues}
     sqs = aws_client("sqs")
@@ -58,7 +58,7 @@ def test_the_settings_are_the_runtime_s():
     names = {name for name in ServiceSettings.model_fields if not name.endswith("_queue")} - {"bucket", "work_dir"}
 
     assert set(told) == names
-    assert {name: f"{getattr(defaults, name):g}" for name in told} == told
+    assert {name: str(getattr(defaults, name)).lower() for name in told} == told
 
 
 def test_the_metrics_are_the_declared_ones():

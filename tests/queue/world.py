@@ -21,7 +21,12 @@ QUEUE = "radqueue-reporting"
 NOW = datetime(2026, 11, 2, tzinfo=UTC)
 
 CLIENT = AioConfig(
-    connect_timeout=5, read_timeout=60, max_pool_connections=50, retries={"mode": "standard", "max_attempts": 3}
+    connect_timeout=5,
+    read_timeout=60,
+    max_pool_connections=50,
+    retries={"mode": "standard", "max_attempts": 3},
+    user_agent="radqueue",
+    parameter_validation=False,
 )
 """As in `shared.aws.connect`, which would open clients that nothing here needs. Its calls are tried four times."""
 ONE_TRY = AioConfig(retries={"total_max_attempts": 1})

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from shared.child import Child, ChildFailed, Limits
+from shared.child import Child, ChildFailed, Limits, _marked
 from shared.errors import Unprocessable
 from tests.conftest import ROOT
 
@@ -41,6 +41,11 @@ def work(request, progress):
         progress({"pid": subprocess.Popen(["sleep", "600"], start_new_session=True).pid})
         if request["then"] == "hang": time.sleep(600)
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "fork":
+        while True:
+            try:
+                if os.fork() == 0: os.setsid()
+            except OSError: time.sleep(0.01)
     if what == "half a line":
         os.write(REPLIES, b'{"reply": "DOE')
         os.kill(os.getpid(), signal.SIGKILL)
@@ -138,23 +143,43 @@ async def test_a_failure_is_told_by_its_reason_and_the_next_call_works(
 
 
 @pytest.mark.parametrize(("then", "reason_code"), [("hang", "deadline"), ("die", "crashed")])
-async def test_what_left_the_group_and_holds_the_pipes_delays_nothing(child, then, reason_code):
+async def test_what_left_the_group_and_holds_the_pipes_delays_nothing_and_is_killed(child, then, reason_code):
     """A process that the child started in a session of its own keeps neither the deadline nor the death unseen."""
     leaving, pids = child(), []
     await leaving.call({"do": "pid"}, deadline_s=30)
-    try:
-        async with asyncio.timeout(20):
-            with pytest.raises(ChildFailed, match=reason_code):
-                await leaving.call(
-                    {"do": "leave", "then": then},
-                    deadline_s=3 if then == "hang" else 600,
-                    on_progress=lambda progress: pids.append(progress["pid"]),
-                )
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        with pytest.raises(ChildFailed, match=reason_code):
+            await leaving.call(
+                {"do": "leave", "then": then},
+                deadline_s=3 if then == "hang" else 600,
+                on_progress=lambda progress: pids.append(progress["pid"]),
+            )
 
+    assert len(pids) == 1
+    await gone(pids[0])
     assert await leaving.call({"do": "add", "a": 1, "b": 1}, deadline_s=30) == 2
+
+
+async def test_a_fork_bomb_is_bounded_and_gone_at_the_deadline(child, tmp_path):
+    """Processes that fork without end reach the limit of their user, and none is left, also of those that left."""
+    bomb = child(Limits(processes=40))
+    if os.getuid() == 0:  # root has no limit of processes
+        bomb._argv = ("setpriv", "--reuid=64321", "--clear-groups", "--inh-caps=-all", *bomb._argv)
+        for folder in (tmp_path, *tmp_path.parents[:3]):
+            folder.chmod(0o755)
+    seen = []
+
+    async def watch():
+        while True:
+            seen.append(len(await asyncio.to_thread(_marked, bomb._mark)))
+
+    watching = asyncio.create_task(watch())
+    with pytest.raises(ChildFailed, match="deadline"):
+        await bomb.call({"do": "fork"}, deadline_s=3)
+    watching.cancel()
+
+    assert 10 < max(seen) <= 60
+    assert _marked(bomb._mark) == set()
 
 
 async def test_a_child_killed_while_it_writes_has_crashed(child):
@@ -236,3 +261,30 @@ async def test_a_killed_parent_leaves_no_child(tmp_path):
 
     assert running
     await gone(pid)
+
+
+async def test_a_stop_that_is_cancelled_ends_the_process_all_the_same(child):
+    """Who cancels twice leaves nothing running; the next stop waits for the end."""
+    stopped = child()
+    pid = await stopped.call({"do": "pid"}, deadline_s=30)
+    for _ in range(2):
+        stopping = asyncio.create_task(stopped.stop(kill=True))
+        await asyncio.sleep(0)
+        stopping.cancel()
+        await asyncio.wait([stopping])
+    await stopped.stop()
+
+    assert not is_running(pid)
+
+
+async def test_an_engine_that_hangs_does_not_keep_a_child_from_ending(tmp_path):
+    """The command that ends a container is given up after the grace, and nothing of it is left."""
+    script, told = tmp_path / "child.py", tmp_path / "pid"
+    script.write_text(FUNCTION)
+    kill = ("sh", "-c", f"echo $$ > {told}; exec sleep 600")
+    made = Child([sys.executable, str(script)], env={"PYTHONPATH": str(ROOT)}, kill_argv=kill)
+    pid = await made.call({"do": "pid"}, deadline_s=30)
+    await made.stop(kill=True, grace_s=2)
+
+    assert not is_running(pid)
+    assert not is_running(int(told.read_text()))

@@ -13,7 +13,7 @@ import pytest
 from botocore.credentials import ReadOnlyCredentials
 
 from shared import dicomweb
-from shared.dicomweb import Basic, DicomWeb, DicomWebError, SigV4, StoreRejected, StoreTooLarge, base_url
+from shared.dicomweb import Basic, Bearer, DicomWeb, DicomWebError, SigV4, StoreRejected, StoreTooLarge, base_url
 from shared.errors import Unavailable
 
 SECRET = "not-a-real-secret"
@@ -198,6 +198,24 @@ async def test_basic_authentication_and_none(recorder, session):
 
     assert with_user == "Basic dXNlcjpwYXNz"
     assert without is None
+
+
+async def test_a_token_is_sent_as_it_is(recorder, session):
+    """A gate before an archive reads it from the Authorization header (RFC 6750)."""
+    server = recorder(200, b"[]")
+    await DicomWeb(server.url, session=session, auth=Bearer("a.token")).search_studies()
+
+    assert server.requests[0][2]["Authorization"] == "Bearer a.token"
+
+
+async def test_the_attributes_that_an_archive_names_are_told(recorder, session):
+    """FailedAttributesSequence says which attributes are to blame; their values stay out."""
+    failed = {"00081197": {"Value": [0x0110]}, "00741048": {"Value": [{"00720026": {"Value": ["00100020"]}}]}}
+    server = recorder(409, json.dumps({"00081198": {"Value": [failed]}}).encode())
+    with pytest.raises(StoreRejected) as refused:
+        await DicomWeb(server.url, session=session).store([b"any"])
+
+    assert refused.value.result.failures[0].tags == ("00100020",)
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
