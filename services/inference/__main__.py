@@ -2,88 +2,140 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import aiohttp
 from botocore.exceptions import BotoCoreError, ClientError
 
-from services.inference.archive import Archive
-from services.inference.handler import InstalledMap, infer, route
-from services.inference.maps import load
+from services.inference import studies
+from services.inference.archive import (
+    NEEDED,
+    Archive,
+    Archives,
+    DicomWebArchive,
+    HealthImaging,
+    ImportJobs,
+    S3Only,
+)
+from services.inference.gpus import reserved
+from services.inference.handler import infer, route
 from services.inference.records import result_prefix
-from services.inference.routing import read
-from services.inference.runner import MapChanged, MapRunner
+from services.inference.routing import Target
+from services.inference.runner import Bounds, MapRunner, WorkerUnfit
 from services.inference.settings import InferenceSettings
+from services.inference.versions import Fleet, Place, Sources, serving_of
 from shared.aws import Aws
-from shared.child import ChildFailed
 from shared.concurrency import KeyedLocks
 from shared.config import Misconfigured
 from shared.dicom import silence
-from shared.dicomweb import Basic, DicomWeb, SigV4, base_url
-from shared.log import get_logger
+from shared.dicomweb import Auth, Basic, Bearer, DicomWeb, SigV4, base_url
 from shared.messages import (
     InferenceCompleted,
     InferenceFailed,
     InferenceRequested,
     InferenceSkipped,
+    MapRejected,
+    MapUpdated,
     Message,
     SeriesReady,
+    StudySettling,
 )
 from shared.metrics import Metrics
 from shared.objects import ObjectStore
 from shared.queue import Handler, Publisher, consume
 from shared.service import run
 
-log = get_logger()
+PUBLISHED = (
+    InferenceRequested,
+    StudySettling,
+    InferenceCompleted,
+    InferenceFailed,
+    InferenceSkipped,
+    MapUpdated,
+    MapRejected,
+)
 
 
 async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: asyncio.Event) -> None:
     """Consume the inference queue until `stop` is set.
 
     Raises:
-        MapChanged: after a stop because a MAP was changed on disk; a new process can handle what was given back.
+        WorkerUnfit: after a stop because a MAP was changed on disk, or a GPU was lost; a new process can handle what
+            was given back.
     """
     silence()
-    maps = installed_maps(settings.maps_file)
     objects = ObjectStore(aws.s3, settings.bucket)
-    publish = await Publisher.open(
-        aws.sqs, settings, InferenceRequested, InferenceCompleted, InferenceFailed, InferenceSkipped
-    )
-    runner = MapRunner(
-        [found.map for found in maps.values()],
-        deadline_s=settings.deadline_s,
-        start_deadline_s=settings.start_deadline_s,
-        recycle_after=settings.recycle_after,
-        memory_bytes=settings.map_memory_bytes,
-    )
+    publish = await Publisher.open(aws.sqs, settings, *PUBLISHED)
 
     def clock() -> datetime:
         return datetime.now(UTC)
 
-    async with open_archive(settings, aws) as archive:
-        handle_request = partial(
-            infer, objects=objects, publish=publish, maps=maps, runner=runner, archive=archive, clock=clock
+    allowed = [one.strip() for one in settings.gpus.split(",") if one.strip()]
+    async with AsyncExitStack() as stack:
+        archives = await stack.enter_async_context(open_archives(settings, aws, objects))
+        table = Place(settings.maps_file, aws.s3)
+        sources = Sources(table.folder, partial(open_ecr, aws), settings.find_engine)
+        fleet = Fleet(table, sources, archives, objects, publish, metrics, clock)
+        await fleet.begin()
+        maps = fleet.maps
+        needs = [found.map.needs for found in maps.values()]
+        gpus = await stack.enter_async_context(reserved(settings.work_dir / "gpus", needs, allowed))
+        runner = MapRunner(
+            [found.map for found in maps.values()],
+            serving={name: serving_of(found.route) for name, found in maps.items()},
+            bounds=bounds_of(settings, gpus),
         )
+        handle_request = partial(
+            infer,
+            objects=objects,
+            publish=publish,
+            maps=maps,
+            runner=runner,
+            archives=archives,
+            clock=clock,
+            # A held message stays hidden for half of its visibility timeout at least: the claim of a worker that was
+            # killed ends first.
+            lease_s=settings.visibility_s / 2,
+        )
+        quiet = studies.Quiet(settings.study_quiet_s, settings.study_max_settle_s)
+        routing: dict[str, Any] = {"objects": objects, "publish": publish, "maps": maps, "clock": clock, "quiet": quiet}
         handlers: Mapping[type[Message], Handler] = {
-            SeriesReady: partial(route, objects=objects, publish=publish, maps=maps, clock=clock),
+            SeriesReady: partial(route, **routing),
+            StudySettling: partial(studies.settle, **routing),
             InferenceRequested: in_turn(handle_request, stop),
         }
         try:
-            await _start_maps(runner, maps)
-            await consume(handlers, aws.sqs, settings.inference_queue, settings=settings, stop=stop, metrics=metrics)
+            await fleet.start(runner)
+            async with kept_current(fleet, runner, settings, stop):
+                await consume(
+                    handlers, aws.sqs, settings.inference_queue, settings=settings, stop=stop, metrics=metrics
+                )
         finally:
             await runner.stop()
-    if runner.changed:
-        raise MapChanged
+    if runner.unfit is not None:
+        raise runner.unfit
+
+
+def bounds_of(settings: InferenceSettings, gpus: tuple[str, ...] = ()) -> Bounds:
+    """Return what every MAP of this worker may use."""
+    return Bounds(
+        deadline_s=settings.deadline_s,
+        start_deadline_s=settings.start_deadline_s,
+        recycle_after=settings.recycle_after,
+        growth_bytes=settings.map_growth_bytes,
+        memory_bytes=settings.map_memory_bytes,
+        processes=settings.map_processes,
+        gpus=gpus,
+    )
 
 
 def in_turn(handle_request: Callable[[InferenceRequested], Awaitable[None]], stop: asyncio.Event) -> Handler:
     """Let repeats of one request wait for one another, so that the second finds the result and computes nothing.
 
-    Where a MAP has changed, the worker stops: retried here, its requests would fail until SQS gives them up.
+    Where this process cannot serve any more, it stops: retried here, its requests would fail until SQS gives them up.
     """
     locks = KeyedLocks()
 
@@ -91,59 +143,72 @@ def in_turn(handle_request: Callable[[InferenceRequested], Awaitable[None]], sto
         try:
             async with locks(result_prefix(requested.data)):
                 await handle_request(requested)
-        except MapChanged:
+        except WorkerUnfit:
             stop.set()
             raise
 
     return handle
 
 
-def installed_maps(maps_file: Path) -> dict[str, InstalledMap]:
-    """Read the routing table and the MAPs that it names.
-
-    Raises:
-        Misconfigured: the file or a source cannot be used.
-    """
+@asynccontextmanager
+async def kept_current(
+    fleet: Fleet, runner: MapRunner, settings: InferenceSettings, stop: asyncio.Event
+) -> AsyncIterator[None]:
+    """Follow new versions and a new routing table meanwhile; what goes wrong with that as a bug stops the worker."""
+    keeping = asyncio.create_task(
+        fleet.keep_current(runner, table_s=settings.maps_look_s, sources_s=settings.map_versions_look_s)
+    )
+    keeping.add_done_callback(lambda _: stop.set())
     try:
-        text = maps_file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"RADQUEUE_MAPS_FILE: {maps_file} cannot be read ({type(error).__name__}).") from None
-    table = read(text)
-    return {one.name: InstalledMap(load(one.name, maps_file.parent / one.source), one) for one in table.maps}
+        yield
+    finally:
+        keeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await keeping
 
 
 @asynccontextmanager
-async def open_archive(settings: InferenceSettings, aws: Aws) -> AsyncIterator[Archive]:
-    """Open the archive that takes the results.
+async def open_archives(settings: InferenceSettings, aws: Aws, objects: ObjectStore) -> AsyncIterator[Archives]:
+    """Open the archives that the settings name.
 
     Raises:
-        Misconfigured: none is named, or the data store does not answer.
+        Misconfigured: the one that takes results by default is not named, or the data store does not answer.
     """
+    default = settings.push_to or ("dicomweb" if settings.dicomweb_url else "healthimaging")
     async with aiohttp.ClientSession() as session:
+        by_target: dict[Target, Archive] = {"s3": S3Only()}
         if settings.dicomweb_url:
-            user, password = settings.dicomweb_username, settings.dicomweb_password.get_secret_value()
-            auth = Basic(user, password) if user else None
-            yield Archive(DicomWeb(settings.dicomweb_url, session=session, auth=auth))
-            return
-        await _datastore_answers(settings, aws)
-        url = base_url(endpoint_url=aws.endpoint_url, region=aws.region, datastore_id=settings.datastore_id)
-        web = DicomWeb(url, session=session, auth=SigV4(aws.credentials, aws.region))
-        yield Archive(web, healthimaging=aws.medical_imaging, datastore_id=settings.datastore_id)
+            web = DicomWeb(settings.dicomweb_url, session=session, auth=_dicomweb_auth(settings))
+            by_target["dicomweb"] = DicomWebArchive(web)
+        if settings.datastore_id:
+            await _datastore_answers(settings, aws)
+            url = base_url(endpoint_url=aws.endpoint_url, region=aws.region, datastore_id=settings.datastore_id)
+            web = DicomWeb(url, session=session, auth=SigV4(aws.credentials, aws.region))
+            place = aws.medical_imaging, settings.datastore_id
+            by_target["healthimaging"] = HealthImaging(web, *place)
+            if settings.import_role_arn:
+                imports = ImportJobs(web, *place, objects=objects, role_arn=settings.import_role_arn)
+                by_target["healthimaging-import"] = imports
+        if default not in by_target:
+            raise Misconfigured(f"{NEEDED[default]}: not set. {default} takes the results, as RADQUEUE_PUSH_TO has it.")
+        yield Archives(by_target, default, originals=settings.push_originals)
 
 
-async def _start_maps(runner: MapRunner, maps: dict[str, InstalledMap]) -> None:
-    """Import every MAP now: one that cannot be imported is a mistake of the deployment, not of a study."""
-    for name, installed in maps.items():
-        try:
-            device = await runner.start(name)
-        except ChildFailed as failed:
-            raise Misconfigured(f"maps.yaml: {name}: cannot be imported ({failed}).") from None
-        log.info("map.ready", map=name, map_digest=installed.map.digest, device=device)
+def _dicomweb_auth(settings: InferenceSettings) -> Auth | None:
+    if token := settings.dicomweb_token.get_secret_value():
+        return Bearer(token)
+    password = settings.dicomweb_password.get_secret_value()
+    return Basic(settings.dicomweb_username, password) if settings.dicomweb_username else None
+
+
+def open_ecr(aws: Aws, region: str) -> AbstractAsyncContextManager[Any]:
+    """Open a client of ECR, which is only asked once in a while."""
+    create: Any = aws.session.create_client  # its overloads list every service by name
+    opened: AbstractAsyncContextManager[Any] = create("ecr", region_name=region)
+    return opened
 
 
 async def _datastore_answers(settings: InferenceSettings, aws: Aws) -> None:
-    if not settings.datastore_id:
-        raise Misconfigured("RADQUEUE_DATASTORE_ID: not set. The HealthImaging data store that takes the results.")
     try:
         await aws.medical_imaging.get_datastore(datastoreId=settings.datastore_id)
     except ClientError as error:

@@ -1,17 +1,17 @@
 """The two journeys of the inference worker: a settled series to its MAPs, and one MAP to one result in the archive."""
 
 import asyncio
+import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from services.inference import outputs as made_outputs
-from services.inference.archive import Archive, PushRejected
-from services.inference.maps import Map
-from services.inference.outputs import MadeInstance, OutputRefused
+from services.inference import studies
+from services.inference.archive import Archive, Archives, Instance, PushRejected
+from services.inference.outputs import LONGEST, MadeInstance, OutputRefused, Scrubber
 from services.inference.records import (
     Failure,
     Outputs,
@@ -22,7 +22,8 @@ from services.inference.records import (
     routing_prefix,
 )
 from services.inference.routing import Route
-from services.inference.runner import MapRunner, Run, Study
+from services.inference.runner import LOG_TAIL_BYTES, MapRunner, Run, Study
+from services.inference.versions import InstalledMap
 from shared.concurrency import all_of, temporary_folder
 from shared.dicom import Revision, revision_key, series_prefix
 from shared.errors import Unavailable, Unprocessable
@@ -36,15 +37,17 @@ from shared.messages import (
     InferenceRequested,
     InferenceSkipped,
     InferenceTask,
+    OutputFile,
     SeriesReady,
     SeriesRef,
     SkippedInference,
 )
 from shared.objects import ObjectMissing, ObjectStore
+from shared.once import once, store_once, stored
 from shared.queue import Publish, receive_count
-from shared.records import store_once, stored
 
 ANNOUNCED_OUTPUTS = 500
+REROUTE_S = 5
 TRANSFERS = 8
 """Objects of one study that are downloaded or uploaded at the same time."""
 
@@ -52,21 +55,20 @@ Clock = Callable[[], datetime]
 log = get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class InstalledMap:
-    """A MAP of this worker, and the series that it takes."""
-
-    map: Map
-    route: Route
-
-
 async def route(
-    ready: SeriesReady, *, objects: ObjectStore, publish: Publish, maps: Mapping[str, InstalledMap], clock: Clock
+    ready: SeriesReady,
+    *,
+    objects: ObjectStore,
+    publish: Publish,
+    maps: Mapping[str, InstalledMap],
+    clock: Clock,
+    quiet: studies.Quiet,
 ) -> None:
     """Give one revision to the MAPs whose conditions it meets.
 
-    Afterwards `routing.json` says which, and each was sent one request. None is an outcome, and is announced. A second
-    delivery sends the same requests again, and those end at the results that are there.
+    Afterwards `routing.json` says which, and each was sent one request; for those that read a study as a whole somebody
+    will look at the study. None is an outcome, and is announced. A second delivery sends the same requests again, and
+    those end at the results that are there.
 
     Raises:
         Unprocessable: `revision_missing`, `invalid_revision`.
@@ -84,20 +86,29 @@ async def route(
         objects,
         f"{routing_prefix(series)}routing.json",
         Routing(
-            maps=tuple(RoutedMap(map=found.map.name, map_digest=found.map.digest) for found in takers),
+            maps=tuple(
+                RoutedMap(map=found.map.name, map_digest=found.map.digest)
+                for found in takers
+                if found.route.level == "series"
+            ),
+            study_maps=tuple(found.map.name for found in takers if found.route.level == "study"),
             modality=ready.data.modality,
             time=clock(),
         ),
     )
 
     # Ask, or tell that there is nobody to ask.
-    if not routing.maps:
+    if not routing.maps and not routing.study_maps:
         log.info("inference.no_route", series=series.series_uid)
         skipped = SkippedInference(**series.model_dump(), modality=routing.modality, reason_code="no_route")
         await publish(InferenceSkipped.of(routing_prefix(series), skipped, time=routing.time))
     for chosen in routing.maps:
         task = InferenceTask(map=chosen.map, map_digest=chosen.map_digest, inputs=(series,))
         await publish(_requested(task, routing.time))
+    # A revision that no such MAP takes may replace one that they were given: then their inputs change as well.
+    reads_studies = any(found.route.level == "study" for found in maps.values())
+    if routing.study_maps or (reads_studies and revision.supersedes):
+        await studies.expect_settling(series.study_uid, objects=objects, publish=publish, clock=clock, quiet=quiet)
 
 
 async def infer(
@@ -107,13 +118,15 @@ async def infer(
     publish: Publish,
     maps: Mapping[str, InstalledMap],
     runner: MapRunner,
-    archive: Archive,
+    archives: Archives,
     clock: Clock,
+    lease_s: float,
 ) -> None:
     """Turn one request into one result in the archive, and announce it.
 
     Any number of workers may do this at the same time, and be killed anywhere: MAPs draw random UIDs, so each attempt
     makes other files, but the first `outputs.json` decides whose files are the result, and everyone pushes those.
+    `claim.json` keeps the others from computing meanwhile; it ends `lease_s` seconds after its owner's death.
 
     A failure is an outcome as well, and stands in `failure.json`: the same event again announces that failure, and runs
     nothing. To try again, ask by an event with another id, or delete `failure.json` and send the same one: the ids of
@@ -121,10 +134,14 @@ async def infer(
 
     Raises:
         Unprocessable: `revision_missing`, `instance_missing`, `invalid_revision`, `invalid_record`.
+        Claimed, Continue: another worker computes it.
         Unavailable: S3, SQS or the archive does not answer, the MAP's process cannot be started, or this worker does
             not have the MAP, which in a rolling deployment another one has.
     """
     task = requested.data
+    served = maps.get(task.map)
+    route = served.route if served is not None else None
+    least = route.outputs if route is not None else None
     prefix = result_prefix(task)
     attempt = uuid.uuid4().hex
 
@@ -141,29 +158,44 @@ async def infer(
         await objects.delete(failed.failure_key)  # it would tell of this request while it runs
 
     try:
-        async with temporary_folder("study-") as folder:
+        # What is pushed lies where the MAP could put nothing in its place.
+        async with temporary_folder("study-") as folder, temporary_folder("push-") as pushing:
             study = Study.make(folder)
             # Compute, unless somebody has.
             outputs = await stored(objects, f"{prefix}outputs.json", Outputs)
             if outputs is None:
                 newer = await _superseded_by(objects, task.inputs)
-                if newer is not None:
+                of_study = route is not None and route.level == "study"
+                if newer is not None or (of_study and await studies.is_superseded(task, objects)):
                     log.info("inference.superseded", map=task.map, by=newer)
                     return
-                installed = _installed(task, maps)
+                installed = _installed(task, served).map
                 if installed.digest != task.map_digest:
                     log.info("inference.rerouted", map=task.map, map_digest=installed.digest)
                     current = task.model_copy(update={"map_digest": installed.digest})
-                    await publish(_requested(current, requested.time))
+                    # With a delay: while another worker still has the older version, it sends this back at once.
+                    await publish(_requested(current, requested.time), delay_s=REROUTE_S)
                     return
-                computed = await _compute(task, attempt, study, objects=objects, runner=runner, clock=clock)
+                computed = await once(
+                    objects,
+                    f"{prefix}outputs.json",
+                    Outputs,
+                    lambda _: _compute(task, attempt, study, objects=objects, runner=runner, clock=clock, least=least),
+                    claim=f"{prefix}claim.json",
+                    lease_s=lease_s,
+                    clock=clock,
+                )
                 if isinstance(computed, Result):
                     await _announce(await store_once(objects, f"{prefix}result.json", computed), publish)
                     return
-                outputs = await store_once(objects, f"{prefix}outputs.json", computed)
+                outputs = computed
 
-            # Push the winner's instances, which may be another attempt's.
-            pushed = await _push(outputs, study, objects=objects, archive=archive)
+            # Push the winner's instances, which may be another attempt's; of de-identified series they stay in S3.
+            # Where to, only the MAP's route says.
+            archive, originals = await _archive(task, archives, _installed(task, served).route, objects)
+            if originals:
+                await _push_originals(task, pushing, objects=objects, archive=archive)
+            pushed = await _push(task, outputs, pushing, objects=objects, archive=archive)
     except _Failed as reason:
         failure = Failure(
             **task.model_dump(),
@@ -184,6 +216,8 @@ async def infer(
         outcome="completed",
         result_key=f"{prefix}result.json",
         outputs=pushed,
+        files=outputs.files,
+        pushed_to=archive.target,
         duration_s=outputs.duration_s,
         device=outputs.device,
         attempt=outputs.attempt,
@@ -203,9 +237,16 @@ class _Failed(Exception):  # noqa: N818 - it states what became of the attempt
 
 
 async def _compute(
-    task: InferenceTask, attempt: str, study: Study, *, objects: ObjectStore, runner: MapRunner, clock: Clock
+    task: InferenceTask,
+    attempt: str,
+    study: Study,
+    *,
+    objects: ObjectStore,
+    runner: MapRunner,
+    clock: Clock,
+    least: Mapping[str, int] | None,
 ) -> Outputs | Result:
-    """Run the MAP, and store what it made under the attempt's own keys.
+    """Run the MAP, and store what it made under the attempt's own keys; `least` is what it must make, by modality.
 
     Raises:
         _Failed: the MAP failed, or made nothing that can be pushed.
@@ -215,14 +256,16 @@ async def _compute(
 
     # Fetch: beside the study that computes now, and outside its permit.
     sources = await _download_inputs(task.inputs, study, objects)
+    scrubber = await asyncio.to_thread(Scrubber, sources)
+    headers = await asyncio.to_thread(made_outputs.headers, sources)
 
-    # Run. What the MAP printed may name the patient, so it lies beside the result and in no log.
-    run = await runner.run(task.map, study)
-    await objects.put(f"{attempt_prefix}log.txt", await asyncio.to_thread(study.log_tail))
+    # Run. What the MAP printed lies beside the result, and in no log.
+    run = await runner.run(task.map, study, digest=task.map_digest)
+    printed = await asyncio.to_thread(study.log_tail, LONGEST)
+    await objects.put(f"{attempt_prefix}log.txt", await asyncio.to_thread(scrubber.scrub_tail, printed, LOG_TAIL_BYTES))
     log.info("inference.ran", map=task.map, **_told(run))
-    if run.outcome == "crashed" and run.error_type == "SIGKILL" and receive_count() == 1:
-        # Not by us, and not for memory: most likely the machine's doing, so the study gets a second chance.
-        raise Unavailable("the process of the MAP was killed")
+    if receive_count() == 1 and _may_be_the_machines(run):
+        raise Unavailable("the MAP ended for want of the machine's resources")
     if run.outcome == "no_matching_series":
         return Result(
             **task.model_dump(),
@@ -238,46 +281,112 @@ async def _compute(
 
     # Check.
     try:
-        made = await asyncio.to_thread(made_outputs.check, study.output, sources)
+        made = await asyncio.to_thread(made_outputs.check, study.output, headers, least)
     except OutputRefused as refused:
         raise _Failed(refused.reason_code, "", refused.where) from None
+    others = await asyncio.to_thread(made_outputs.other_files, study.output)
 
-    # Store.
+    # Store. A MAP may name a file after the patient.
     outputs = tuple(_output(one, f"{attempt_prefix}{one.sop_instance_uid}.dcm") for one in made)
-    uploads = (partial(objects.upload, one.path, output.key) for one, output in zip(made, outputs, strict=True))
+    files = tuple(
+        OutputFile(
+            key=f"{attempt_prefix}files/{index}/{scrubber.scrub(os.fsencode(one.path.name)).decode(errors='replace')}",
+            media_type=one.media_type,
+            n_bytes=one.path.stat().st_size,
+        )
+        for index, one in enumerate(others)
+    )
+    uploads = [partial(objects.upload, one.path, output.key) for one, output in zip(made, outputs, strict=True)]
+    uploads += [
+        partial(objects.upload, one.path, file.key, media_type=file.media_type)
+        for one, file in zip(others, files, strict=True)
+    ]
     await all_of(uploads, at_once=TRANSFERS)
-    return Outputs(attempt=attempt, outputs=outputs, duration_s=run.duration_s, device=run.device, time=clock())
+    return Outputs(
+        attempt=attempt,
+        outputs=outputs,
+        files=files,
+        duration_s=run.duration_s,
+        device=run.device,
+        time=clock(),
+    )
+
+
+async def _push_originals(task: InferenceTask, pushing: Path, *, objects: ObjectStore, archive: Archive) -> None:
+    """Push the instances of the inputs that the archive does not show, so that a viewer has both.
+
+    They are fetched anew: what lies in the study's folder was in the MAP's hands.
+
+    Raises:
+        _Failed: `push_rejected`, `not_primary`.
+    """
+    folder = pushing / "originals"
+    await asyncio.to_thread(folder.mkdir)
+    for series in task.inputs:
+        shown = await archive.shown(series.study_uid, series.series_uid)
+        if shown is None:
+            return
+        revision = await _revision(objects, series.revision_key)
+        keys = {one.sop_instance_uid: one.key for one in revision.instances if one.sop_instance_uid not in shown}
+        wanted = {key: Instance(folder / f"{uid}.dcm", *_uids(series), uid) for uid, key in keys.items()}
+        await _download([(key, one.path) for key, one in wanted.items()], objects)
+        await _pushed(list(wanted.values()), archive)
 
 
 async def _push(
-    outputs: Outputs, study: Study, *, objects: ObjectStore, archive: Archive
+    task: InferenceTask, outputs: Outputs, pushing: Path, *, objects: ObjectStore, archive: Archive
 ) -> tuple[InferenceOutput, ...]:
     """Push the stored instances, and return them with the image sets that hold them now.
 
     Raises:
         _Failed: `push_rejected`, `not_primary`.
     """
-    folder = study.folder / "push"
+    folder = pushing / "results"
     await asyncio.to_thread(folder.mkdir)
-    paths = [folder / PurePosixPath(output.key).name for output in outputs.outputs]
-    await _download([(output.key, path) for output, path in zip(outputs.outputs, paths, strict=True)], objects)
-    series_uids = sorted({output.series_uid for output in outputs.outputs})
-    try:
-        await archive.push(paths)
-        image_sets = {series_uid: await archive.image_set_of(series_uid) for series_uid in series_uids}
-    except PushRejected as rejected:
-        raise _Failed(rejected.reason_code) from None
-    log.info("inference.pushed", instances=len(paths), image_sets=sorted(filter(None, image_sets.values())))
+    instances = [
+        Instance(
+            folder / PurePosixPath(output.key).name,
+            task.inputs[0].study_uid,
+            output.series_uid,
+            output.sop_instance_uid,
+        )
+        for output in outputs.outputs
+    ]
+    if archive.target != "s3":
+        keys = [output.key for output in outputs.outputs]
+        await _download(zip(keys, (one.path for one in instances), strict=True), objects)
+    image_sets = await _pushed(instances, archive)
     return tuple(
         output.model_copy(update={"image_set_id": image_sets[output.series_uid]}) for output in outputs.outputs
     )
 
 
-def _installed(task: InferenceTask, maps: Mapping[str, InstalledMap]) -> Map:
-    if task.map not in maps:
+async def _pushed(instances: Sequence[Instance], archive: Archive) -> dict[str, str | None]:
+    try:
+        image_sets = await archive.push(instances)
+    except PushRejected as rejected:
+        raise _Failed(rejected.reason_code, where=rejected.where) from None
+    found = sorted(filter(None, image_sets.values()))
+    log.info("inference.pushed", instances=len(instances), to=archive.target, image_sets=found)
+    return image_sets
+
+
+def _uids(series: SeriesRef) -> tuple[str, str]:
+    return series.study_uid, series.series_uid
+
+
+def _may_be_the_machines(run: Run) -> bool:
+    """Tell whether another time or another machine may bring another end: this one was short of something."""
+    if run.outcome == "crashed" and run.error_type == "SIGKILL":  # not by us, and not for memory
+        return True
+    return run.outcome == "gpu_out_of_memory" or (run.outcome == "out_of_memory" and run.where == "kernel")
+
+
+def _installed(task: InferenceTask, served: InstalledMap | None) -> InstalledMap:
+    if served is None:
         log.warning("inference.unknown_map", map=task.map)
         raise Unavailable("this worker does not have the MAP")
-    return maps[task.map].map
+    return served
 
 
 async def _superseded_by(objects: ObjectStore, inputs: Sequence[SeriesRef]) -> str | None:
@@ -290,6 +399,14 @@ async def _superseded_by(objects: ObjectStore, inputs: Sequence[SeriesRef]) -> s
                 if revision.supersedes == series.digest:
                     return revision.digest
     return None
+
+
+async def _archive(task: InferenceTask, archives: Archives, route: Route, objects: ObjectStore) -> tuple[Archive, bool]:
+    """Return where the results go, and whether the inputs go there; no archive has a patient for what has none."""
+    revisions = [await _revision(objects, series.revision_key) for series in task.inputs]
+    if any(revision.deidentified for revision in revisions):
+        return archives.by_target["s3"], False
+    return archives.of(route)
 
 
 async def _revision(objects: ObjectStore, key: str) -> Revision:
@@ -337,7 +454,11 @@ def _told(run: Run) -> dict[str, str | float]:
 
 async def _announce(result: Result, publish: Publish) -> None:
     """Announce what is stored, so that a repeat is the same event."""
-    announced = {"outputs": result.outputs[:ANNOUNCED_OUTPUTS], "n_outputs": len(result.outputs)}
+    announced = {
+        "outputs": result.outputs[:ANNOUNCED_OUTPUTS],
+        "n_outputs": len(result.outputs),
+        "files": result.files[:ANNOUNCED_OUTPUTS],
+    }
     told = CompletedInference.model_validate(result.model_dump() | announced)
     await publish(InferenceCompleted.of(result_prefix(told), told, time=result.time))
     log.info("inference.done", map=told.map, outcome=told.outcome, outputs=len(told.outputs))

@@ -1,4 +1,4 @@
-"""The child in which a MAP runs: `python -m services.inference.maphost FOLDER`, started by `runner`.
+"""The child in which a MAP runs; `runner` starts it, in whatever interpreter or container has what the MAP imports.
 
 Theory of operation. The child imports the MAP once and then runs one study per call, each with a new `Application`
 object: importing the SDK takes seconds, running an object again after it failed is a segmentation fault, a new object
@@ -8,40 +8,84 @@ process; therefore this process owns no message and nothing that is not made aga
 What an operator raises comes out of `run()` as it was raised. That no series matched has no exception of its own: the
 selector emits an empty list, and whatever operator comes next fails in its own way. So the selector is watched.
 
+Where a MAP is to have a process per study, the child imports nothing: it starts the MAP's own command, waits for it,
+and reads from what it printed how it ended. That is the reference which the warm way must equal.
+
 Each study has a folder: `input`, `output`, `work`, and `log.txt`, which takes all that the MAP prints. Nothing of that
 goes anywhere else, for it may name the patient.
+
+The interpreter need not have radqueue's dependencies: the standard library (of Python 3.9 or later) and the MAP's own
+SDK are all that is imported here.
 """
+
+from __future__ import annotations
 
 import ctypes
 import faulthandler
 import gc
 import importlib
 import importlib.util
+import json
 import logging
 import os
+import re
 import resource
+import select
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from services.inference.maps import entry_of, models_of
-from shared.child import Json, Progress, serve
-from shared.dicom import silence
+from shared.child import Json, Progress, die_with_parent, serve
 from shared.errors import place_of
 
 CUDA_RUNTIME = "libcudart.so.13"
 STACK_BYTES = 32 * 1024 * 1024
 SELECTOR_MODULE = "monai.deploy.operators.dicom_series_selector_operator"
-OUT_OF_MEMORY_TYPES = {"OutOfMemoryError"}
-"""Torch's and CuPy's; Python's and NumPy's is a MemoryError."""
-OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "CUDA out of memory", "std::bad_alloc")
-"""What torch says on a CPU, where it raises a plain RuntimeError."""
+ENTRIES = ("app.py", "__main__.py")
+OURS = ("services", "shared")
+LOG_TAIL_BYTES = 64 * 1024
+"""What is read of a log to find how a command ended."""
+MEMORY_WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate memory")
+"""What torch, C++ and the kernel say where memory ends; Python and NumPy raise a MemoryError."""
+GPU_MEMORY_WORDS = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+GPU_LOST_WORDS = (
+    "no CUDA-capable device is detected",
+    "CUDA-capable device(s) is/are busy or unavailable",
+    "uncorrectable ECC error",
+    "CUDA error: unknown error",
+    "CUDA error: initialization error",
+    "CUDA error: driver shutting down",
+    "CUDA error: system not yet initialized",
+    "CUDA error: system has unsupported display driver / cuda driver combination",
+    "CUDA driver version is insufficient",
+    "CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error",
+    "GPU is lost",
+)
+"""What the CUDA runtime says where the device or its driver is gone, whatever the study. Errors that a faulty kernel
+brings about as well, such as an illegal memory access, are not among them."""
+NOTHING_SELECTED = re.compile(
+    r"selected_series\[0\]\s*\n(?:\s+[~^]+\n)?IndexError|Missing expected input 'study_selected_series_list'"
+)
+"""How the SDK's operators fail when the selector selected nothing, in a traceback."""
+_FRAME = re.compile(r'  File "(?P<path>[^"\n]+)", line (?P<line>\d+)')
+_ERROR = re.compile(r"^(?P<type>[A-Za-z_][\w.]*)(?::|$)", re.MULTILINE)
 
 
 class NoApplication(Exception):  # noqa: N818 - it states a fact about the MAP
@@ -49,20 +93,23 @@ class NoApplication(Exception):  # noqa: N818 - it states a fact about the MAP
 
 
 class MapHost:
-    """Runs studies through the MAP in `folder`, which is imported at the first call."""
+    """Runs studies through the MAP whose program is `application`, a folder or a file; the first call imports it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Remember the folder; importing may fail, and that must be answered to a call."""
-        self._folder = folder
+    def __init__(self, application: Path, home: Path) -> None:
+        """Remember the program; importing may fail, and that must be answered to a call."""
+        self._program = application
         self._application: Any = None
+        self._home = home
+        """Where the MAP is imported: some fix their relative paths then, and would write beside this program."""
         self._selected: list[int] = []
         """How many series each selector of the running study selected."""
 
     def __call__(self, request: Json, progress: Progress) -> Json:
-        """Answer `{}` when the MAP is imported, or `{"study": PATH}` when it was run on that study."""
+        """Import the MAP and answer its device; given `{"study": PATH, "environment": …}`, run it on that study."""
         del progress
         if self._application is None:
-            self._application = _import_application(self._folder)
+            os.chdir(self._home)
+            self._application = import_application(self._program)
             _memoise_models()
             _watch_selectors(self._selected)
             # What is imported stays, and the collection after each study need not walk through it: the SDK and torch
@@ -71,59 +118,120 @@ class MapHost:
             gc.freeze()
         if "study" not in request:
             return {"device": _device()}
-        return self._run(Path(request["study"]))
+        return self._run(Path(request["study"]), request["environment"])
 
-    def _run(self, study: Path) -> Json:
+    def _run(self, study: Path, environment: dict[str, str]) -> Json:
         self._selected.clear()
-        paths = {"INPUT_PATH": study / "input", "OUTPUT_PATH": study / "output", "WORKDIR": study / "work"}
-        os.environ.update({f"HOLOSCAN_{name}": str(path) for name, path in paths.items()})
-        models = models_of(self._folder)
-        if models is not None:
-            os.environ["HOLOSCAN_MODEL_PATH"] = str(models)
         failure: Json | None = None
-        with _printing_to(study / "log.txt"), _working_in(study / "work"), _signals_and_logging_kept():
+        with _printing_to(study / "log.txt"), _working_in(study / "work"), _process_state_kept():
+            os.environ.update(environment)
             started = time.perf_counter()
             try:
                 self._application().run()
             except BaseException as error:  # noqa: BLE001 - SystemExit of an operator is an outcome, too
                 traceback.print_exc()
-                failure = _told(error)
+                failure = _told(type(error), str(error), place_of(error))
             duration_s = time.perf_counter() - started
         # An application is a cycle of C++ and Python objects and holds the study's volume until it is collected.
         gc.collect()
+        _empty(self._home)
         nothing_selected = bool(self._selected) and not any(self._selected)
         has_output = any(path.is_file() for path in (study / "output").rglob("*"))
         outcome = "ran" if failure is None else failure["outcome"]
         if nothing_selected and (outcome == "application_error" or not has_output):
             outcome, failure = "no_matching_series", None
-        return {"outcome": outcome, "duration_s": duration_s, "device": _device(), **(failure or {})}
+        told = {"outcome": outcome, "duration_s": duration_s, "device": _device(), "rss_bytes": _rss_bytes()}
+        return {**told, **(failure or {})}
 
 
-def _told(error: BaseException) -> Json:
+class CommandHost:
+    """Runs the MAP's own command, a new process for each study."""
+
+    def __call__(self, request: Json, progress: Progress) -> Json:
+        """Answer the device; given `{"study": PATH, "environment": …, "command": […]}`, run that on the study."""
+        del progress
+        if "study" not in request:
+            return {"device": _driver_device()}
+        study = Path(request["study"])
+        started = time.perf_counter()
+        with (study / "log.txt").open("ab") as log:
+            done = subprocess.run(
+                request["command"],
+                check=False,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=study / "work",
+                env=_with_cuda_runtime({**os.environ, **request["environment"]}),
+                preexec_fn=_prepared,
+            )
+        told = {"duration_s": time.perf_counter() - started, "device": _driver_device()}
+        # A container's engine tells a signal as a shell does.
+        signalled = -done.returncode if done.returncode < 0 else done.returncode - 128
+        if done.returncode == 0:
+            return {"outcome": "ran", **told}
+        if signalled in {number.value for number in signal.Signals}:
+            return {"outcome": "crashed", "error_type": signal.Signals(signalled).name, **told}
+        return {**_told_by_log(study / "log.txt", done.returncode), **told}
+
+
+def _prepared() -> None:
+    die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    _raise_stack_limit()
+
+
+def _told(kind: type[BaseException], text: str, where: str) -> Json:
     """Tell an exception by type and place; its text is looked at, and stays here."""
-    out_of_memory = (
-        isinstance(error, MemoryError)
-        or type(error).__name__ in OUT_OF_MEMORY_TYPES
-        or any(word in str(error) for word in OUT_OF_MEMORY_WORDS)
-    )
-    return {
-        "outcome": "out_of_memory" if out_of_memory else "application_error",
-        "error_type": type(error).__name__,
-        "where": place_of(error),
-    }
+    names = {base.__name__ for base in kind.__mro__}
+    return {"outcome": _outcome_of(names, text), "error_type": kind.__name__, "where": where}
 
 
-def _import_application(folder: Path) -> Any:
+def _outcome_of(type_names: set[str], text: str) -> str:
+    """Return what an exception says of a run; torch and CuPy name theirs OutOfMemoryError."""
+    if "OutOfMemoryError" in type_names or any(words in text for words in GPU_MEMORY_WORDS):
+        return "gpu_out_of_memory"
+    if any(words in text for words in GPU_LOST_WORDS):
+        return "gpu_lost"
+    if "MemoryError" in type_names or any(words in text for words in MEMORY_WORDS):
+        return "out_of_memory"
+    return "application_error"
+
+
+def _told_by_log(log: Path, returncode: int) -> Json:
+    """Tell how a command failed by the last traceback that it printed."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+        _, found, last = file.read().decode(errors="replace").rpartition("Traceback (most recent call last):\n")
+    frames = list(_FRAME.finditer(last)) if found else []
+    if not frames:
+        return {"outcome": "application_error", "error_type": f"exit {returncode}", "where": ""}
+    if NOTHING_SELECTED.search(last):
+        return {"outcome": "no_matching_series"}
+    error = _ERROR.search(last, frames[-1].end())
+    name = error["type"].rpartition(".")[2] if error else ""
+    name = "MemoryError" if name == "_ArrayMemoryError" else name
+    where = f"{Path(frames[-1]['path']).name}:{frames[-1]['line']}"
+    return {"outcome": _outcome_of({name}, last[error.start() :] if error else ""), "error_type": name, "where": where}
+
+
+def import_application(program: Path) -> Any:
+    """Import the program, and return its one `Application` that no other one is derived from.
+
+    Raises:
+        NoApplication: there is none, or more than one.
+    """
     # Before anything can import the SDK.
     _raise_stack_limit()
-    _load_cuda_runtime()
+    library = cuda_runtime()
+    if library is not None:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    entry = _entry_of(program)
     # The SDK parses sys.argv in any application that does not say otherwise.
-    entry = entry_of(folder)
-    if entry is None:
-        raise NoApplication("the folder has no entry")
     sys.argv = [str(entry)]
-    sys.path.insert(0, str(folder))
-    silence()
+    sys.path.insert(0, str(entry.parent))
+    _silence_pydicom()
     module = _import_module(entry)
     application: Any = importlib.import_module("monai.deploy.core").Application
     found = [
@@ -135,6 +243,17 @@ def _import_application(folder: Path) -> Any:
     if len(leaves) != 1:
         raise NoApplication(f"the entry names {len(leaves)} applications")
     return leaves.pop()
+
+
+def _entry_of(program: Path) -> Path:
+    """Return the file that defines or imports the `Application`."""
+    if program.is_file():
+        return program
+    named = [program / entry for entry in ENTRIES if (program / entry).is_file()]
+    candidates = named[:1] or [path for path in program.glob("*.py") if b"Application" in path.read_bytes()]
+    if len(candidates) != 1:
+        raise NoApplication("the folder has no entry")
+    return candidates[0]
 
 
 def _import_module(entry: Path) -> ModuleType:
@@ -149,6 +268,18 @@ def _import_module(entry: Path) -> ModuleType:
     return module
 
 
+def _silence_pydicom() -> None:
+    """Read values as they are: one that the standard forbids is no reason to lose an image, nor to be printed."""
+    if importlib.util.find_spec("pydicom") is None:
+        return
+    config: Any = importlib.import_module("pydicom.config")
+    if hasattr(config, "settings"):  # not in pydicom 2.2 and before
+        config.settings.reading_validation_mode = config.IGNORE
+    logger = logging.getLogger("pydicom")
+    logger.handlers, logger.propagate = [logging.NullHandler()], False
+    logger.setLevel(logging.CRITICAL)
+
+
 def _raise_stack_limit() -> None:
     """Give this process the stack that Holoscan asks for; with less it warns of segmentation faults."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
@@ -157,16 +288,24 @@ def _raise_stack_limit() -> None:
         resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 
 
-def _load_cuda_runtime() -> None:
-    """Load the CUDA runtime of the `nvidia-cuda-runtime` package, which the SDK's core is linked to.
+def cuda_runtime() -> Path | None:
+    """Return the CUDA runtime of the `nvidia-cuda-runtime` package, which the SDK's core is linked to.
 
     Where the package is missing, the one of an installed toolkit may do; the import of the SDK says if it does not.
     """
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or []) if spec is not None else []:
         for library in sorted(Path(place).glob(f"*/lib/{CUDA_RUNTIME}")):
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-            return
+            return library
+    return None
+
+
+def _with_cuda_runtime(environment: dict[str, str]) -> dict[str, str]:
+    library = cuda_runtime()
+    if library is None:
+        return environment
+    places = [str(library.parent), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
+    return {**environment, "LD_LIBRARY_PATH": ":".join(places)}
 
 
 def _memoise_models() -> None:
@@ -230,10 +369,20 @@ def _printing_to(path: Path) -> Iterator[None]:
             os.close(copy)
 
 
+def _empty(folder: Path) -> None:
+    """Remove what a study left there: the next one must not find it."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _working_in(folder: Path) -> Iterator[None]:
-    kept = Path.cwd()
+    kept = os.getcwd()  # noqa: PTH109 - a string is all that is needed
     os.chdir(folder)
+    tempfile.tempdir = str(folder)
     try:
         yield
     finally:
@@ -241,11 +390,12 @@ def _working_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_and_logging_kept() -> Iterator[None]:
-    """Let the MAP log, and undo what `run()` does to this process's signals and to the root logger."""
+def _process_state_kept() -> Iterator[None]:
+    """Let the MAP log, and undo what a run does to the environment, the signals and the root logger."""
     root = logging.getLogger()
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
+    environment = dict(os.environ)
     logging.disable(logging.NOTSET)
     try:
         yield
@@ -255,6 +405,8 @@ def _signals_and_logging_kept() -> Iterator[None]:
         root.setLevel(level)
         for number, handler in signals.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _device() -> str:
@@ -262,6 +414,41 @@ def _device() -> str:
     return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
 
 
-if __name__ == "__main__":
+def _driver_device() -> str:
+    """Return the device as far as it can be told without importing anything."""
+    return (
+        "cuda" if Path("/proc/driver/nvidia/gpus").is_dir() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
+    )
+
+
+def _rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize()
+
+
+def _end_with_input() -> None:
+    """End this process when nobody can write to its standard input: in a container its parent is none of ours."""
+    watched = select.poll()
+    watched.register(0, 0)  # whose end is told although nothing is asked for
+    watched.poll()
+    os._exit(0)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve; the one argument is `{"application": PATH, "home": PATH}`, or `{}` to run commands.
+
+    `"container"` says where this is; there nobody needs to name a `"home"`.
+    """
+    (said,) = arguments
+    asked = json.loads(said)
+    # The MAP's own modules may have our names.
+    sys.path.pop(0)
+    for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+        del sys.modules[name]
     faulthandler.enable()
-    serve(MapHost(Path(sys.argv[1]).resolve()))
+    if asked.get("container"):
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    if "application" not in asked:
+        serve(CommandHost())
+        return
+    # A container's temporary folder goes with it.
+    serve(MapHost(Path(asked["application"]), Path(asked.get("home") or tempfile.mkdtemp())))

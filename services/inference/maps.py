@@ -1,9 +1,20 @@
-"""A MAP as a folder of source: `app.py` or `__main__.py` with one `Application`, and the models beside it."""
+"""A MAP, wherever it comes from: a folder of source, an unpacked MAP, or an image. One reader for all.
 
+A folder of source is what the App SDK's examples are: `app.py` or `__main__.py` with one `Application`, `app.yaml`, and
+the models beside them; a path may also name the one Python file. An unpacked MAP is what `extract` writes: `app/`,
+`models/` and `config/` with `app.json` and `pkg.json`. An image has those in `/etc/holoscan` and `/opt/holoscan`, or,
+made by App SDK 0.x, in `/etc/monai` and `/opt/monai`.
+"""
+
+import ast
 import hashlib
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.inference.engine import Engine, Inspected
+from services.inference.manifests import BrokenMap, Manifests, Needs, read_app_yaml, read_manifests
 from shared.config import Misconfigured
 
 DIGEST_LENGTH = 32
@@ -11,34 +22,133 @@ CHUNK_BYTES = 1024 * 1024
 ENTRIES = ("app.py", "__main__.py")
 """Where the `Application` is looked for, as in the examples of the App SDK."""
 MODEL_FOLDERS = ("models", "model")
+CONFIG_FOLDERS = ("config", "etc", ".")
+"""Where an unpacked MAP has its manifests."""
+FAMILIES = ("holoscan", "monai")
+"""Names of the folders and variables of a MAP: those of today, and those of App SDK 0.x."""
+VARIABLES = {
+    "holoscan": ("HOLOSCAN_INPUT_PATH", "HOLOSCAN_OUTPUT_PATH", "HOLOSCAN_WORKDIR", "HOLOSCAN_MODEL_PATH"),
+    "monai": ("MONAI_INPUTPATH", "MONAI_OUTPUTPATH", "MONAI_WORKDIR", "MONAI_MODELPATH"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """Where the MAP is an image on this machine."""
+
+    engine: Engine
+    reference: str
+    """As it was named."""
+    id: str
+    """What it runs by: a tag may move while this MAP is in use."""
+    inspected: Inspected
 
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """One MAP that this worker can run."""
+    """One MAP that this worker can run. Paths are of this machine or, where there is an `image`, of that."""
 
     name: str
-    folder: Path
+    folder: Path | None
+    """The folder that its digest is of; None for an image."""
     digest: str
-    """Of the folder's content: another program or another model is another MAP."""
+    """Another program or another model is another MAP: of the folder's content, or of the image."""
+    application: str
+    """The folder or the Python file of the program."""
+    python: str = sys.executable
+    """The interpreter that has what the program imports."""
+    command: tuple[str, ...] = ()
+    """What runs the program once, from the command line."""
+    models: str | None = None
+    """Folder with the models; a MAP may have none."""
+    own_environment: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What its manifests ask for, and where its models are: some programs read that when they are imported."""
+    needs: Needs = field(default_factory=Needs)
+    image: Image | None = None
+    manifests: Manifests | None = field(default=None, hash=False)
+    """What an unpacked MAP or an image says of itself."""
+
+    def environment(self, input_folder: str, output_folder: str, work_folder: str) -> dict[str, str]:
+        """Return the variables that tell the program where a study is, in the names of both families."""
+        values = (input_folder, output_folder, work_folder, self.models)
+        found = dict(self.own_environment)
+        for names in VARIABLES.values():
+            found |= {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        return found
+
+    def changed(self) -> bool:
+        """Tell whether the folder holds something else than when it was read; an image never does. Reads all files."""
+        return self.folder is not None and _digest(self.folder, self.models) != self.digest
 
 
-def load(name: str, folder: Path) -> Map:
-    """Find the MAP in `folder`.
+def load(
+    name: str,
+    source: str | Path,
+    *,
+    relative_to: Path | None = None,
+    python: str | None = None,
+    models: Path | None = None,
+    engine: Engine | None = None,
+) -> Map:
+    """Read the MAP that `maps.yaml` names.
+
+    `source` is a path, relative to the folder `relative_to`, or the name of an image with its tag or digest, which has
+    to be on this machine already. `python` is the MAP's own interpreter, `models` its models where they lie elsewhere.
+    Without an `engine` the machine's own is used.
 
     Raises:
-        Misconfigured: there is none.
+        Misconfigured: it is no MAP, or a broken one.
     """
-    if not folder.is_dir():
-        raise Misconfigured(f"maps.yaml: {name}: its source {folder} is no folder.")
-    if entry_of(folder) is None:
-        raise Misconfigured(f"maps.yaml: {name}: {folder} holds neither {' nor '.join(ENTRIES)}.")
-    return Map(name, folder.resolve(), digest_of(folder))
+    try:
+        return read_source(name, source, relative_to=relative_to, python=python, models=models, engine=engine)
+    except Misconfigured as problem:
+        raise Misconfigured(f"maps.yaml: {name}: {problem}") from None
 
 
-def entry_of(folder: Path) -> Path | None:
-    """Return the file that defines or imports the `Application`."""
-    return next((folder / entry for entry in ENTRIES if (folder / entry).is_file()), None)
+def read_source(
+    name: str,
+    source: str | Path,
+    *,
+    relative_to: Path | None = None,
+    python: str | None = None,
+    models: Path | None = None,
+    engine: Engine | None = None,
+) -> Map:
+    """Do as `load` does, for a source that is named elsewhere.
+
+    Raises:
+        BrokenMap: it is no MAP, or a broken one.
+        EngineFailed: it is an image, and there is no container engine, or it does not have it.
+    """
+    path = (relative_to or Path()) / source
+    if is_image(source, relative_to):
+        return _of_image(name, str(source), engine or Engine.find())
+    if not path.exists():
+        raise BrokenMap(f"its source {path} is no folder. An image is named with its tag, as in name:1.0.")
+    path = path.resolve()
+    if python is not None:
+        python = str((relative_to or Path()) / python)
+        if not Path(python).is_file():
+            raise BrokenMap(f"its interpreter {python} does not exist.")
+    if path.is_dir() and (manifests := _manifests_in(path)) is not None:
+        return _of_unpacked(name, path, manifests, python or sys.executable)
+    return _of_source(name, path, python or sys.executable, models)
+
+
+def is_image(source: str | Path, relative_to: Path | None = None) -> bool:
+    """Tell whether a source names an image: nothing lies at that path, and it has a tag or a digest."""
+    return isinstance(source, str) and ":" in source and not ((relative_to or Path()) / source).exists()
+
+
+def entry_of(application: Path) -> Path | None:
+    """Return the file that defines or imports the `Application`: the one that is named, or the one in the folder."""
+    if application.is_file():
+        return application
+    named = next((application / entry for entry in ENTRIES if (application / entry).is_file()), None)
+    if named is not None:
+        return named
+    candidates = [path for path in sorted(application.glob("*.py")) if _defines_application(path)]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def models_of(folder: Path) -> Path | None:
@@ -46,16 +156,160 @@ def models_of(folder: Path) -> Path | None:
     return next((folder / name for name in MODEL_FOLDERS if (folder / name).is_dir()), None)
 
 
-def digest_of(folder: Path) -> str:
+def digest_of(*folders: Path) -> str:
     """Return the hash of all files, by sorted relative path and content, without hidden files and compiled Python."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
-            continue
-        # The lengths tell where a path and a content end; otherwise two folders could read as the same bytes.
-        digest.update(f"{len(relative.as_posix())} {relative.as_posix()} {path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            relative = path.relative_to(folder)
+            if not path.is_file() or any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
+                continue
+            # The lengths tell where a path and a content end; otherwise two folders could read as the same bytes.
+            digest.update(f"{len(relative.as_posix())} {relative.as_posix()} {path.stat().st_size} ".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    digest.update(chunk)
     return digest.hexdigest()[:DIGEST_LENGTH]
+
+
+def _of_source(name: str, path: Path, python: str, models: Path | None) -> Map:
+    folder = path if path.is_dir() else path.parent
+    entry = entry_of(path)
+    if entry is None:
+        raise BrokenMap(
+            f"{folder} holds neither {' nor '.join(ENTRIES)}, nor one Python file that defines an Application."
+        )
+    if entry.suffix != ".py":
+        raise BrokenMap(f"{entry} is no Python file.")
+    if models is not None and not models.exists():
+        raise BrokenMap(f"its models {models} do not exist.")
+    found = models.resolve() if models is not None else models_of(folder)
+    config = folder / "app.yaml"
+    needs, _ = read_app_yaml(config.read_bytes()) if config.is_file() else (Needs(), {})
+    started = folder / "__main__.py" if path.is_dir() and (folder / "__main__.py").is_file() else entry
+    return Map(
+        name=name,
+        folder=folder,
+        digest=_digest(folder, str(found) if found else None),
+        application=str(path),
+        python=python,
+        command=(python, str(started)),
+        models=str(found) if found is not None else None,
+        own_environment=_models_at(found) | ({"HOLOSCAN_CONFIG_PATH": str(config)} if config.is_file() else {}),
+        needs=needs,
+    )
+
+
+def _of_unpacked(name: str, folder: Path, manifests: Manifests, python: str) -> Map:
+    def local(path: str) -> str:
+        """Return where a path of the image lies now; other paths and words are as they are."""
+        for root, place in ((manifests.application, application), (manifests.model_root, models)):
+            if path == root or path.startswith(f"{root}/"):
+                return str(place) + path[len(root) :]
+        return path
+
+    application, models = folder / "app", folder / "models"
+    if not application.is_dir():
+        raise BrokenMap(f"{folder} has manifests, but no folder app.")
+    config = next(
+        (folder / place / "app.yaml" for place in CONFIG_FOLDERS if (folder / place / "app.yaml").is_file()), None
+    )
+    environment = _others(manifests.environment) | _models_at(models if models.is_dir() else None)
+    if config is not None:
+        environment["HOLOSCAN_CONFIG_PATH"] = str(config)
+    words = [local(word) for word in manifests.command]
+    program = next((Path(word) for word in words if word.startswith(str(application))), application)
+    if entry_of(program) is None:
+        raise BrokenMap(f"app.json: command: starts {program}, where there is no Python program.")
+    return Map(
+        name=name,
+        folder=folder,
+        digest=digest_of(folder),
+        application=str(program),
+        python=python,
+        command=(python, *words[1:]) if _is_python(words[0]) else tuple(words),
+        models=str(models) if models.is_dir() else None,
+        own_environment=environment,
+        needs=manifests.needs,
+        manifests=manifests,
+    )
+
+
+def _of_image(name: str, reference: str, engine: Engine) -> Map:
+    inspected = engine.inspect(reference)
+    if inspected is None:
+        raise BrokenMap(f"the image {reference} is not on this machine; `{engine.kind} pull {reference}` gets it.")
+    files = engine.read_all(
+        inspected.id, [f"/etc/{family}/{file}.json" for family in FAMILIES for file in ("app", "pkg")]
+    )
+    family = next((one for one in FAMILIES if f"/etc/{one}/app.json" in files), None)
+    if family is None:
+        raise BrokenMap(
+            f"the image {reference} is no MAP: it has neither /etc/holoscan/app.json nor /etc/monai/app.json."
+        )
+    manifests = read_manifests(files[f"/etc/{family}/app.json"], files.get(f"/etc/{family}/pkg.json"), family=family)
+    python = manifests.command[0] if _is_python(manifests.command[0]) else "python3"
+    program = next(
+        (word for word in manifests.command if word.startswith(manifests.application)), manifests.application
+    )
+    return Map(
+        name=name,
+        folder=None,
+        digest=_image_digest(reference, inspected),
+        application=program,
+        python=python,
+        command=manifests.command,
+        models=manifests.model_root,
+        own_environment=_others(manifests.environment) | _models_at(manifests.model_root),
+        needs=manifests.needs,
+        image=Image(engine, reference, inspected.id, inspected),
+        manifests=manifests,
+    )
+
+
+def _image_digest(reference: str, inspected: Inspected) -> str:
+    """Return the start of the digest that the image's registry knows it by; an image that was in none has its id."""
+    pinned = inspected.pinned(reference)
+    return (pinned.rpartition(":")[2] if pinned is not None else inspected.id)[:DIGEST_LENGTH]
+
+
+def _manifests_in(folder: Path) -> Manifests | None:
+    for place in CONFIG_FOLDERS:
+        app, pkg = folder / place / "app.json", folder / place / "pkg.json"
+        if app.is_file():
+            text = app.read_bytes()
+            family = "monai" if b"/opt/monai" in text else "holoscan"
+            return read_manifests(text, pkg.read_bytes() if pkg.is_file() else None, family=family)
+    return None
+
+
+def _digest(folder: Path, models: str | None) -> str:
+    elsewhere = models is not None and not Path(models).is_relative_to(folder)
+    return digest_of(folder, Path(models)) if elsewhere and models is not None else digest_of(folder)
+
+
+def _is_python(word: str) -> bool:
+    return word.rpartition("/")[2].startswith("python")
+
+
+def _models_at(models: str | Path | None) -> dict[str, str]:
+    return {names[-1]: str(models) for names in VARIABLES.values() if models is not None}
+
+
+def _others(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return those that do not name a place in the image."""
+    return {key: value for key, value in variables.items() if not key.startswith(("HOLOSCAN_", "MONAI_"))}
+
+
+def _defines_application(path: Path) -> bool:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return False
+    return any(name == "Application" for node in ast.walk(tree) for name in _bases(node))
+
+
+def _bases(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.ClassDef):
+        for base in node.bases:
+            yield base.id if isinstance(base, ast.Name) else getattr(base, "attr", "")

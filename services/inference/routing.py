@@ -4,33 +4,47 @@
 maps:
   - name: ct_tissues
     source: ct_tissues          # a folder, relative to this file
+    isolation: process          # a process per study by the MAP's own command; warm where it is not said
+    python: /opt/ct/bin/python  # the interpreter of a folder; the worker's own where it is not said
+    deadline_s: 900             # wall seconds per study; else the MAP's own timeout, else RADQUEUE_DEADLINE_S
+    outputs: {SEG: 1}           # at least so many instances of a Modality; else at least one instance
     when:                       # every condition must hold
       Modality: CT              # equals
       BodyPartExamined: [CHEST, THORAX]   # any of these
       SeriesDescription: {regex: "(?i)lung"}
       SliceThickness: {max: 5}
+      ContrastBolusAgent: {missing: true}
       n_instances: {min: 3}     # how many instances the series has
+      geometry.verdict: regular # what ingest found of how the slices lie; fields of shared.dicom.Geometry
+    level: series               # or `study`: all series of a settled study that meet the conditions, in one run
+    push: healthimaging         # where results go; without it, where the worker's settings say
+    originals: true             # push the series that the MAP read, too, before its results
+    golden: golden/ct           # a study that a new version is tried on: a folder, or s3://bucket/prefix/
 ```
 
+Conditions are on what ingest tells of a series, `shared.dicom.SERIES_ATTRIBUTES`: nothing that says who the patient is.
 An attribute with several values, such as ImageType, satisfies a condition when one of them does. An attribute that the
-series does not have satisfies none.
+series does not have satisfies `{missing: true}` and nothing else.
 """
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydicom.datadict import tag_for_keyword
 
 from shared.config import Misconfigured
-from shared.dicom import Revision
-from shared.messages import Name
+from shared.dicom import SERIES_ATTRIBUTES, Revision
+from shared.messages import Geometry, Name
 
 N_INSTANCES = "n_instances"
-"""The one condition that is no DICOM keyword: how many instances the series has."""
+"""How many instances the series has; with the fields of its geometry, the conditions that are no DICOM keywords."""
+GEOMETRY = frozenset(f"geometry.{name}" for name in Geometry.model_fields if name != "normal")
 
+Target = Literal["healthimaging", "healthimaging-import", "dicomweb", "s3"]
+"""Where results go: HealthImaging by STOW-RS or by an import job, another archive by STOW-RS, or nowhere but S3."""
 Scalar = str | int | float
 Value = Scalar | list[str] | list[float] | None
 
@@ -80,13 +94,21 @@ class Within(_Strict):
         return (self.min is None or number >= self.min) and (self.max is None or number <= self.max)
 
 
-Condition = Scalar | list[Scalar] | Matches | Within
+class Missing(_Strict):
+    """Whether the series lacks the attribute, or has it without a value."""
+
+    missing: bool
+
+
+Condition = Scalar | list[Scalar] | Matches | Within | Missing
 
 
 def _known(keyword: str) -> str:
-    if keyword != N_INSTANCES and tag_for_keyword(keyword) is None:
-        raise ValueError(f"neither a DICOM keyword nor {N_INSTANCES}")
-    return keyword
+    if keyword in {N_INSTANCES, *GEOMETRY, *SERIES_ATTRIBUTES}:
+        return keyword
+    if tag_for_keyword(keyword) is not None:  # never true of a series, or of every one that lacks it
+        raise ValueError(f"not among what ingest tells of a series: {', '.join(SERIES_ATTRIBUTES)}")
+    raise ValueError(f"neither a DICOM keyword nor {N_INSTANCES} nor geometry.verdict or another of its fields")
 
 
 class Route(_Strict):
@@ -94,12 +116,29 @@ class Route(_Strict):
 
     name: Name
     source: str
+    python: str | None = None
+    isolation: Literal["warm", "process"] = "warm"
+    deadline_s: float | None = Field(default=None, gt=0)
+    outputs: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    """Least number of instances by Modality. Empty: any file will do; None: at least one instance of any kind."""
     when: dict[Annotated[str, AfterValidator(_known)], Condition] = Field(min_length=1)
+    level: Literal["series", "study"] = "series"
+    push: Target | None = None
+    originals: bool | None = None
+    golden: str | None = None
 
     def takes(self, revision: Revision) -> bool:
         """Tell whether every condition holds for the series."""
-        found: Mapping[str, Value] = {**revision.attributes, N_INSTANCES: len(revision.instances)}
-        return all(_holds(condition, found.get(keyword)) for keyword, condition in self.when.items())
+        return not self.unmet(revision)
+
+    def unmet(self, revision: Revision) -> dict[str, Value]:
+        """Return the conditions that do not hold for the series, each with what the series has instead."""
+        found = _facts(revision)
+        return {
+            keyword: found.get(keyword)
+            for keyword, condition in self.when.items()
+            if not _holds(condition, found.get(keyword))
+        }
 
 
 class RoutingTable(_Strict):
@@ -139,18 +178,26 @@ def _line(detail: Any) -> str:
     # A condition may be written in several forms; that each of them does not fit is more than one wants to read.
     if len(detail["loc"]) > 4 and detail["loc"][2] == "when" and detail["type"] != "value_error":  # noqa: PLR2004
         place = ".".join(str(part) for part in detail["loc"][:4])
-        return f"maps.yaml: {place}: expected a value, a list of values, {{regex: …}}, or {{min: …, max: …}}."
+        forms = "a value, a list of values, {regex: …}, {min: …, max: …} or {missing: true}"
+        return f"maps.yaml: {place}: expected {forms}."
     return f"maps.yaml: {place}: {detail['msg'].removeprefix('Value error, ')}."
 
 
+def _facts(revision: Revision) -> Mapping[str, Value]:
+    geometry = revision.geometry.model_dump(exclude={"normal"}) if revision.geometry else {}
+    lies = {f"geometry.{name}": value for name, value in geometry.items()}
+    return {**revision.attributes, **lies, N_INSTANCES: len(revision.instances)}
+
+
 def _holds(condition: Condition, value: Value) -> bool:
-    if value is None:
-        return False
-    values = value if isinstance(value, list) else [value]
+    several = value if isinstance(value, list) else [value]
+    values: list[Scalar] = [one for one in several if one is not None and one != ""]
+    if isinstance(condition, Missing):
+        return condition.missing == (not values)
     return any(_holds_for(condition, one) for one in values)
 
 
-def _holds_for(condition: Condition, value: Scalar) -> bool:
+def _holds_for(condition: Scalar | list[Scalar] | Matches | Within, value: Scalar) -> bool:
     if isinstance(condition, Matches | Within):
         return condition.holds(value)
     allowed = condition if isinstance(condition, list) else [condition]

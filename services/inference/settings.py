@@ -1,9 +1,12 @@
 """The settings of the inference worker, each read once from the environment."""
 
+import shlex
 from pathlib import Path
 
 from pydantic import Field, SecretStr
 
+from services.inference.engine import Engine
+from services.inference.routing import Target
 from shared.config import ServiceSettings
 
 
@@ -12,21 +15,55 @@ class InferenceSettings(ServiceSettings):
 
     slots: int = Field(default=3, ge=1, le=100)
     """Messages handled at the same time; one computes, the others download and push."""
-    maps_file: Path = Path(__file__).parents[2] / "maps" / "maps.yaml"
-    """The routing table: which MAP runs on which series."""
+    maps_file: str = str(Path(__file__).parents[2] / "maps" / "maps.yaml")
+    """The routing table: which MAP runs on which series. A file, or s3://bucket/key; read again when it changes."""
+    maps_look_s: float = Field(default=5, gt=0)
+    """Seconds between two looks at the routing table."""
+    map_versions_look_s: float = Field(default=60, gt=0)
+    """Seconds between two looks at the MAPs' sources: a new version is tried, and takes over if it is good."""
+    study_quiet_s: float = Field(default=120, gt=0, le=890)
+    """Seconds without news of a study after which MAPs that read a study as a whole get it."""
+    study_max_settle_s: float = Field(default=3600, gt=0)
+    """Seconds after which a study that still grows is taken as it is, at most once in that time."""
+    push_to: Target | None = None
+    """Where results go: healthimaging, healthimaging-import, dicomweb or s3. Unset: dicomweb where it has a URL, else
+    healthimaging."""
+    push_originals: bool = False
+    """Push the series that a MAP read before its results, so that a viewer has both."""
     datastore_id: str = ""
     """The HealthImaging data store that takes the results."""
+    import_role_arn: str = ""
+    """The role with which HealthImaging's import jobs read and write `imports/*` of the bucket."""
     dicomweb_url: str | None = None
     """Another archive that takes the results: what `/studies` is appended to."""
     dicomweb_username: str = ""
     """Who we are to that archive (HTTP basic authentication); empty is nobody."""
     dicomweb_password: SecretStr = SecretStr("")
     """The password for it."""
+    dicomweb_token: SecretStr = SecretStr("")
+    """A token for that archive instead (HTTP bearer authentication)."""
     deadline_s: float = Field(default=600, gt=0)
-    """Wall seconds that a MAP gets for one study; then it is killed."""
+    """Wall seconds that a MAP gets for one study; then it is killed. A MAP's own timeout goes before it, and
+    `deadline_s` of its route before both."""
     start_deadline_s: float = Field(default=300, gt=0)
     """Wall seconds that a MAP gets to be imported."""
-    recycle_after: int = Field(default=100, ge=1)
+    recycle_after: int = Field(default=1000, ge=1)
     """Studies after which a MAP's process is replaced, so that what leaks does not add up."""
+    map_growth_bytes: int = Field(default=2 << 30, gt=0)
+    """Resident memory beyond what a MAP's process had after its first study; at more, it is replaced."""
     map_memory_bytes: int | None = Field(default=None, gt=0)
-    """Address space of a MAP's process. Leave it unset on a GPU: CUDA reserves far more than it uses."""
+    """Address space of a MAP's process, memory of a container whose pkg.json names none. Leave it unset on a GPU: CUDA
+    reserves far more than it uses."""
+    map_processes: int | None = Field(default=4096, gt=0)
+    """Processes and threads that a MAP may start. Root has no such limit; a container has one of its own."""
+    gpus: str = ""
+    """The devices that MAPs may use, by number or UUID, with commas; of several, those with room are taken. Empty:
+    all."""
+    engine: str | None = None
+    """What runs MAPs that are images: docker, podman or nerdctl. Unset: the first of them that answers."""
+    engine_args: str = ""
+    """More arguments for its `run` and `create`, such as `--runtime runc`."""
+
+    def find_engine(self) -> Engine:
+        """Return the container engine. Raises `EngineFailed` where there is none, or none answers."""
+        return Engine.find(self.engine, shlex.split(self.engine_args))

@@ -2,7 +2,11 @@
 
 import io
 import os
+import shutil
+import subprocess
+import tarfile
 import textwrap
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,11 +18,13 @@ import pytest_asyncio
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from services.inference.archive import Archive
-from services.inference.handler import InstalledMap
+from services.inference.archive import Archive, Archives, HealthImaging, S3Only
+from services.inference.engine import Engine
 from services.inference.maps import Map, load
 from services.inference.routing import Route
-from services.inference.runner import MapRunner, Study
+from services.inference.runner import Bounds, MapRunner, Study
+from services.inference.studies import Quiet
+from services.inference.versions import InstalledMap
 from shared.aws import Aws, connect
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key, sha_of
 from shared.dicomweb import DicomWeb, SigV4, base_url
@@ -33,13 +39,17 @@ APP = textwrap.dedent(
     '''
     """Writes a secondary capture of a CT series, or misbehaves as the series' description asks for."""
 
+    import ctypes
+    import json
     import os
     import signal
     import sys
+    import tempfile
     import time
     from pathlib import Path
 
     import numpy as np
+    import torch
     from monai.deploy.conditions import CountCondition
     from monai.deploy.core import Application, Operator
     from monai.deploy.operators.dicom_data_loader_operator import DICOMDataLoaderOperator
@@ -49,7 +59,9 @@ APP = textwrap.dedent(
     from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
 
     RULES = '{"selections": [{"name": "ct", "conditions": {"Modality": "^CT$"}}]}'
-    COPIED = ("PatientName", "PatientID", "StudyInstanceUID", "StudyDate", "StudyID", "AccessionNumber")
+    LEAKED = []
+    SERVED = []
+    HOME = Path.cwd()
 
 
     class Capture(Operator):
@@ -72,6 +84,28 @@ APP = textwrap.dedent(
                     time.sleep(3600)
             if wish == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if wish == "segfault":
+                ctypes.string_at(0)
+            if wish == "sleep":
+                time.sleep(2)
+            if wish == "leak":
+                LEAKED.append(bytearray(os.urandom(1) * 100_000_000))
+            if wish == "chatter":
+                for _ in range(4):
+                    os.write(1, b"x" * 1_000_000 + str(source.PatientName).encode() + os.linesep.encode())
+            if wish == "gpu lost":
+                raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+            if wish == "crash when warm" and SERVED:
+                os.abort()
+            SERVED.append(source.SOPInstanceUID)
+            if wish == "look around":
+                listed = [*os.listdir(), *os.listdir(tempfile.gettempdir()), *os.listdir(HOME)]
+                found = [os.environ.get("LEFT_BY"), *listed]
+                (self.output_folder / "found.json").write_text(json.dumps([SERVED, found]))
+                os.environ["LEFT_BY"] = str(source.PatientName)
+                Path("left behind").touch()
+                Path(tempfile.gettempdir(), "left as well").touch()
+                (HOME / "left at home").mkdir()
             if wish == "exit":
                 sys.exit(str(source.PatientName))
             if wish == "silent":
@@ -106,6 +140,10 @@ APP = textwrap.dedent(
             self.add_flow(loader, selector, {("dicom_study_list", "dicom_study_list")})
             self.add_flow(selector, volume, {("study_selected_series_list", "study_selected_series_list")})
             self.add_flow(volume, capture, {("image", "image")})
+
+
+    if __name__ == "__main__":
+        CaptureApp().run()
     '''
 )
 
@@ -115,10 +153,11 @@ class Published:
     """A `Publish` that remembers."""
 
     events: list[Event] = field(default_factory=list)
+    delays_s: list[int] = field(default_factory=list)
 
     async def __call__(self, event: Event, *, delay_s: int = 0) -> None:
-        assert delay_s == 0
         self.events.append(event)
+        self.delays_s.append(delay_s)
 
 
 def make_series(n: int = 3, **attributes: str) -> list[bytes]:
@@ -185,9 +224,44 @@ def capture_map(tmp_path_factory) -> Map:
 @pytest_asyncio.fixture(loop_scope="session", scope="session")
 async def runner(capture_map) -> AsyncIterator[MapRunner]:
     """One runner for all tests, because starting a MAP takes seconds of a processor."""
-    made = MapRunner([capture_map], deadline_s=DEADLINE_S)
+    made = MapRunner([capture_map], bounds=Bounds(deadline_s=DEADLINE_S))
     yield made
     await made.stop()
+
+
+CONTAINER_BASE = "radqueue-test-base:1"
+RUN_AS = ((), ("--runtime", "runc", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000"))
+"""More arguments of podman, of which the first that work are taken: inside a container it may need the latter."""
+
+
+@pytest.fixture(scope="session")
+def container_base(tmp_path_factory) -> str:
+    """An image with Debian and Python, made here, for nothing may be pulled; it stays for the next session."""
+    podman, debootstrap = shutil.which("podman"), shutil.which("debootstrap")
+    if podman is None or debootstrap is None or os.geteuid() != 0:
+        pytest.skip("a base for containers is made by podman and debootstrap, as root")
+    if subprocess.run([podman, "image", "exists", CONTAINER_BASE], check=False).returncode != 0:
+        root = tmp_path_factory.mktemp("base") / "root"
+        command = [debootstrap, "--variant=minbase", "--include=python3,libstdc++6", "bookworm", str(root)]
+        if subprocess.run(command, check=False, capture_output=True).returncode != 0:
+            pytest.skip("debootstrap does not reach Debian")
+        with tarfile.open(root.with_suffix(".tar"), "w") as archive:
+            archive.add(root, ".")
+        subprocess.run([podman, "import", "--quiet", str(root.with_suffix(".tar")), CONTAINER_BASE], check=True)
+        shutil.rmtree(root.parent)
+    return CONTAINER_BASE
+
+
+@pytest.fixture(scope="session")
+def engine(container_base) -> Engine:
+    """Podman, with what it needs to run a container on this machine."""
+    for arguments in RUN_AS:
+        found = Engine("podman", shutil.which("podman"), arguments)
+        command = found.run_command(container_base, ["python3", "-c", ""], name=f"radqueue-{uuid.uuid4().hex}")
+        done = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode == 0:
+            return found
+    return pytest.skip(f"podman runs no container here: {done.stderr.splitlines()[-1:]}")
 
 
 @pytest.fixture(scope="session")
@@ -211,18 +285,22 @@ class Worker:
 
     objects: ObjectStore
     web: DicomWeb
-    archive: Archive
+    archives: Archives
     maps: dict[str, InstalledMap]
     runner: MapRunner
     publish: Published = field(default_factory=Published)
 
     @property
     def for_route(self) -> dict:
+        return self.common | {"quiet": Quiet(quiet_s=60, max_settle_s=600)}
+
+    @property
+    def common(self) -> dict:
         return {"objects": self.objects, "publish": self.publish, "maps": self.maps, "clock": lambda: NOW}
 
     @property
     def for_infer(self) -> dict:
-        return self.for_route | {"runner": self.runner, "archive": self.archive}
+        return self.common | {"runner": self.runner, "archives": self.archives, "lease_s": 60}
 
     async def store_series(self, *, supersedes: str | None = None, files=None, **attributes: str) -> Revision:
         """Store a series as ingest does, with its revision."""
@@ -277,6 +355,11 @@ def _ref(revision: Revision) -> SeriesRef:
     )
 
 
+def archives_of(archive: Archive) -> Archives:
+    """A worker that pushes to one archive."""
+    return Archives({archive.target: archive, "s3": S3Only()}, default=archive.target)
+
+
 @pytest_asyncio.fixture(loop_scope="session")
 async def worker(clients, local_aws, capture_map, runner, tmp_path) -> AsyncIterator[Worker]:
     """A worker on the local AWS, with the MAP above for every CT series of at least two instances."""
@@ -289,7 +372,7 @@ async def worker(clients, local_aws, capture_map, runner, tmp_path) -> AsyncIter
         yield Worker(
             objects=ObjectStore(clients.s3, local_aws.bucket),
             web=web,
-            archive=Archive(web, healthimaging=clients.medical_imaging, datastore_id=local_aws.datastore_id),
+            archives=archives_of(HealthImaging(web, clients.medical_imaging, local_aws.datastore_id)),
             maps={"capture": InstalledMap(capture_map, route)},
             runner=runner,
         )

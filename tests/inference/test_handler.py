@@ -2,7 +2,8 @@
 
 import asyncio
 import io
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import aiohttp
 import pydicom
@@ -10,12 +11,13 @@ import pytest
 import structlog
 
 from services.inference import archive
-from services.inference.archive import Archive
+from services.inference.archive import DicomWebArchive, HealthImaging
 from services.inference.handler import infer, route
 from services.inference.records import Failure, Outputs, Result, Routing, result_prefix
 from shared.dicomweb import DicomWeb
-from shared.errors import Unavailable, Unprocessable
+from shared.errors import Claimed, Unavailable, Unprocessable
 from shared.messages import InferenceCompleted, InferenceFailed, InferenceOutput, InferenceRequested, InferenceSkipped
+from tests.inference.conftest import archives_of
 
 NOW = datetime(2026, 3, 4, tzinfo=UTC)
 
@@ -92,10 +94,24 @@ async def test_a_request_becomes_one_result_in_the_archive(worker):
         [
             f"attempts/{result.attempt}/log.txt",
             f"attempts/{result.attempt}/{output.sop_instance_uid}.dcm",
+            "claim.json",
             "outputs.json",
             "result.json",
         ]
     )
+
+
+async def test_results_of_deidentified_series_stay_in_s3(worker):
+    """No archive gets what belongs to nobody's study, whatever the route and the settings say."""
+    revision = (await worker.store_series()).model_copy(update={"deidentified": True})
+    await worker.objects.put(revision.key, revision.body())
+    pushing = replace(worker.archives, originals=True)
+    await infer(worker.request(revision), **(worker.for_infer | {"archives": pushing}))
+    (event,) = worker.publish.events
+
+    assert (event.data.outcome, event.data.pushed_to, event.data.n_outputs) == ("completed", "s3", 1)
+    assert await worker.objects.exists(event.data.outputs[0].key)
+    assert await worker.web.search_series(revision.study_uid) == []
 
 
 async def test_a_repeated_request_announces_the_same_event_and_runs_nothing(worker):
@@ -109,12 +125,43 @@ async def test_a_repeated_request_announces_the_same_event_and_runs_nothing(work
     assert worker.publish.events[0] == worker.publish.events[1]
 
 
-async def test_two_workers_on_one_request_make_one_result(worker):
-    """Both compute, with other UIDs each; one's instances are pushed, and both announce that one result."""
+class Announced:
+    """A runner that tells when it is asked to run."""
+
+    def __init__(self, runner) -> None:
+        self.runner = runner
+        self.runs = asyncio.Event()
+
+    async def run(self, *args, **kwargs):
+        self.runs.set()
+        return await self.runner.run(*args, **kwargs)
+
+
+async def test_of_two_workers_on_one_request_one_computes(worker):
+    """The other gives its message back, and finds the result when it comes again."""
     revision = await worker.store_series()
     requested = worker.request(revision)
-    await asyncio.gather(infer(requested, **worker.for_infer), infer(requested, **worker.for_infer))
+    ends = await asyncio.gather(
+        infer(requested, **worker.for_infer), infer(requested, **worker.for_infer), return_exceptions=True
+    )
+    await infer(requested, **worker.for_infer)
+    attempts = {key.split("/")[0] for key in await worker.keys(f"{result_prefix(requested.data)}attempts/")}
+
+    assert [type(end) for end in ends if end] == [Claimed]
+    assert len(attempts) == 1
+    assert worker.publish.events[0] == worker.publish.events[1]
+
+
+async def test_two_workers_that_both_compute_make_one_result(worker):
+    """One does not notice that its claim has ended. Both compute, with other UIDs each; the first one's are pushed."""
+    revision = await worker.store_series()
+    requested = worker.request(revision)
     prefix = result_prefix(requested.data)
+    first = worker.for_infer | {"runner": Announced(worker.runner), "lease_s": 3600}
+    second = worker.for_infer | {"clock": lambda: NOW + timedelta(days=1)}
+    computing = asyncio.ensure_future(infer(requested, **first))
+    await asyncio.wait({computing, asyncio.ensure_future(first["runner"].runs.wait())}, return_when="FIRST_COMPLETED")
+    await asyncio.gather(computing, infer(requested, **second))
     instances = [key for key in await worker.keys(f"{prefix}attempts/") if key.endswith(".dcm")]
     outputs = Outputs.model_validate_json(await worker.objects.get(f"{prefix}outputs.json"))
     in_archive = await worker.web.search_instances(revision.study_uid)
@@ -129,9 +176,9 @@ async def test_after_a_crash_between_outputs_and_push_the_same_instances_are_pus
     revision = await worker.store_series()
     async with aiohttp.ClientSession() as session:
         # Nothing listens on the discard port: the attempt ends where a killed worker would have.
-        closed = Archive(DicomWeb("http://127.0.0.1:9/datastore/none", session=session))
+        closed = archives_of(DicomWebArchive(DicomWeb("http://127.0.0.1:9/datastore/none", session=session)))
         with pytest.raises(Unavailable):
-            await infer(worker.request(revision), **(worker.for_infer | {"archive": closed}))
+            await infer(worker.request(revision), **(worker.for_infer | {"archives": closed}))
     prefix = result_prefix(worker.request(revision).data)
     stored = Outputs.model_validate_json(await worker.objects.get(f"{prefix}outputs.json"))
     before = await studies_run(worker.runner)
@@ -162,6 +209,7 @@ async def test_a_request_for_an_older_map_asks_for_the_current_one(worker):
 
     assert isinstance(event, InferenceRequested)
     assert event.data == worker.request(revision).data
+    assert worker.publish.delays_s[0] > 0, "two workers with two versions must not throw it to and fro"
 
 
 async def test_a_request_for_a_map_that_this_worker_lacks_is_given_back(worker):
@@ -174,6 +222,19 @@ async def test_a_request_for_a_map_that_this_worker_lacks_is_given_back(worker):
     assert worker.publish.events == []
     assert await worker.keys(result_prefix(requested.data)) == []
     assert [(line["event"], line["map"]) for line in lines] == [("inference.unknown_map", "newer")]
+
+
+async def test_what_another_worker_computed_is_pushed_only_by_one_that_has_the_map(worker):
+    """Where results go, the MAP's route says: without it nothing is pushed to the worker's own archive."""
+    revision = await worker.store_series()
+    requested = worker.request(revision)
+    outputs = Outputs(attempt="0" * 32, outputs=(), files=(), duration_s=1, device="cpu", time=requested.time)
+    key = f"{result_prefix(requested.data)}outputs.json"
+    await worker.objects.put(key, outputs.model_dump_json().encode())
+    with pytest.raises(Unavailable):
+        await infer(requested, **(worker.for_infer | {"maps": {}}))
+
+    assert worker.publish.events == []
 
 
 async def test_a_repeat_after_a_failure_announces_that_failure_and_a_new_request_tries_again(worker):
@@ -237,8 +298,9 @@ async def test_instances_that_the_archive_refuses_are_a_failure(worker):
     assert event.data.reason_code == "push_rejected"
 
 
-async def test_a_result_that_dicomweb_does_not_show_is_a_failure(worker, series_files):
-    """What conflicts with the study's patient in the archive becomes non-primary there, and nobody would find it."""
+async def test_a_result_that_dicomweb_does_not_show_is_a_failure(worker, series_files, monkeypatch):
+    """What conflicts with the study in the archive becomes non-primary there: the failure names what conflicts."""
+    monkeypatch.setattr(archive, "LOOK_PAUSE_S", 0.001)
     revision = await worker.store_series()
     (other,) = series_files(n=1, StudyInstanceUID=revision.study_uid, PatientID="another-id")
     await worker.web.store([other])
@@ -246,18 +308,18 @@ async def test_a_result_that_dicomweb_does_not_show_is_a_failure(worker, series_
     (event,) = worker.publish.events
 
     assert isinstance(event, InferenceFailed)
-    assert event.data.reason_code == "not_primary"
+    assert (event.data.reason_code, event.data.where) == ("not_primary", "PatientID")
     assert not await worker.objects.exists(f"{result_prefix(event.data)}result.json")
 
 
 async def test_a_result_that_the_archive_does_not_find_is_pushed_again_later(worker, clients, monkeypatch):
     """No image set is no result: nothing is announced, and a repeat pushes the same instances where they belong."""
-    monkeypatch.setattr(archive, "SEARCH_PAUSE_S", 0.001)
+    monkeypatch.setattr(archive, "LOOK_PAUSE_S", 0.001)
     revision = await worker.store_series()
     empty = await clients.medical_imaging.create_datastore(datastoreName="empty", clientToken="empty")
-    elsewhere = Archive(worker.web, healthimaging=clients.medical_imaging, datastore_id=empty["datastoreId"])
-    with pytest.raises(Unavailable, match="no image set"):
-        await infer(worker.request(revision), **(worker.for_infer | {"archive": elsewhere}))
+    elsewhere = archives_of(HealthImaging(worker.web, clients.medical_imaging, empty["datastoreId"]))
+    with pytest.raises(Unavailable, match="does not show"):
+        await infer(worker.request(revision), **(worker.for_infer | {"archives": elsewhere}))
 
     assert worker.publish.events == []
 
@@ -272,9 +334,9 @@ async def test_an_archive_that_does_not_know_us_is_asked_again_later(worker):
     """A wrong address or a missing permission is ours to mend, so the work is not given up."""
     revision = await worker.store_series()
     async with aiohttp.ClientSession() as session:
-        unsigned = Archive(DicomWeb(worker.web._base_url[:-4] + "ffff", session=session))
+        unsigned = archives_of(DicomWebArchive(DicomWeb(worker.web._base_url[:-4] + "ffff", session=session)))
         with pytest.raises(Unavailable, match="refused with HTTP 40"):
-            await infer(worker.request(revision), **(worker.for_infer | {"archive": unsigned}))
+            await infer(worker.request(revision), **(worker.for_infer | {"archives": unsigned}))
 
     assert worker.publish.events == []
 
@@ -291,7 +353,7 @@ async def test_no_matching_series_is_a_result_without_outputs(worker):
 
 
 async def test_a_failed_map_is_told_by_type_and_place_and_its_words_lie_in_the_attempt(worker, capsys):
-    """The failure names no patient; the log of the run, which may, lies beside it in S3, and in no log line."""
+    """The failure names no patient; nor does what the MAP printed, which lies beside it in S3, and in no log line."""
     revision = await worker.store_series(SeriesDescription="raise")
     requested = worker.request(revision)
     await infer(requested, **worker.for_infer)
@@ -303,5 +365,6 @@ async def test_a_failed_map_is_told_by_type_and_place_and_its_words_lie_in_the_a
     assert failure.error_type == "KeyError"
     assert failure.where.startswith("app.py:")
     assert "Secret" not in failure.model_dump_json()
-    assert b"Secret^Name" in words
+    assert b"printed by the MAP about ***" in words
+    assert b"KeyError: '***'" in words
     assert "Secret" not in "".join(capsys.readouterr())

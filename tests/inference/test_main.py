@@ -1,14 +1,17 @@
 """What the worker checks before its first message, and the folder that it works in."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from pydicom import dcmread
 
-from services.inference.__main__ import open_archive, serve
+from services.inference.__main__ import open_archives, serve
+from services.inference.archive import Instance
 from services.inference.settings import InferenceSettings
 from shared.config import Misconfigured
 from shared.metrics import Metrics
+from shared.objects import ObjectStore
 
 MAPS = "maps: [{name: m, source: m, when: {Modality: CT}}]"
 
@@ -19,7 +22,7 @@ def maps_file(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "app.py").write_text("")
     (tmp_path / "maps.yaml").write_text(MAPS)
-    return tmp_path / "maps.yaml"
+    return str(tmp_path / "maps.yaml")
 
 
 async def refusal(aws, **settings):
@@ -28,9 +31,22 @@ async def refusal(aws, **settings):
     return str(caught.value)
 
 
-async def test_a_routing_table_that_is_not_there_is_told(aws, tmp_path):
+@pytest.mark.parametrize("maps_file", ["none.yaml", "s3://radqueue/none.yaml", "s3://no-such-bucket/none.yaml"])
+async def test_a_routing_table_that_is_not_there_is_told(aws, local_aws, maps_file):
     """The first thing that a new user gets wrong is named with its variable."""
-    assert "RADQUEUE_MAPS_FILE" in await refusal(aws, maps_file=tmp_path / "none.yaml")
+    assert "RADQUEUE_MAPS_FILE" in await refusal(aws, maps_file=maps_file, datastore_id=local_aws.datastore_id)
+
+
+async def test_an_archive_that_is_not_set_is_told(aws, local_aws, maps_file):
+    """A MAP whose results are to go where the worker cannot push is found out at the start, and so is the default."""
+    Path(maps_file).write_text(MAPS.replace("when:", "push: dicomweb, when:"))
+    by_route = await refusal(aws, maps_file=maps_file, datastore_id=local_aws.datastore_id)
+    by_default = await refusal(
+        aws, maps_file=maps_file, datastore_id=local_aws.datastore_id, push_to="healthimaging-import"
+    )
+
+    assert by_route == "maps.yaml: m: push: dicomweb needs RADQUEUE_DICOMWEB_URL."
+    assert "RADQUEUE_IMPORT_ROLE_ARN" in by_default
 
 
 async def test_a_data_store_that_is_not_there_is_told(aws, maps_file):
@@ -42,9 +58,10 @@ async def test_a_data_store_that_is_not_there_is_told(aws, maps_file):
 async def test_a_map_that_cannot_be_imported_is_told(aws, local_aws, maps_file, tmp_path):
     """A broken program stops the worker before it takes a message."""
     (tmp_path / "m" / "app.py").write_text("import there_is_no_such_module\n")
+    Path(maps_file).write_text(MAPS.replace("name: m", "name: never-served"))
     said = await refusal(aws, maps_file=maps_file, datastore_id=local_aws.datastore_id)
 
-    assert said == "maps.yaml: m: cannot be imported (raised ModuleNotFoundError app.py:1)."
+    assert said == "maps.yaml: never-served: cannot be imported (raised ModuleNotFoundError app.py:1)."
 
 
 async def test_another_archive_takes_results_without_healthimaging(aws, local_aws, dicom_bytes, tmp_path):
@@ -53,11 +70,13 @@ async def test_another_archive_takes_results_without_healthimaging(aws, local_aw
     settings = InferenceSettings(dicomweb_url=url, dicomweb_username="me", dicomweb_password="secret")
     (tmp_path / "a.dcm").write_bytes(dicom_bytes())
     made = dcmread(tmp_path / "a.dcm")
-    async with open_archive(settings, aws) as archive:
-        await archive.push([tmp_path / "a.dcm"])
-        image_set_id = await archive.image_set_of(made.SeriesInstanceUID)
-        found = await archive._web.search_series(made.StudyInstanceUID)
+    uids = made.StudyInstanceUID, made.SeriesInstanceUID, made.SOPInstanceUID
+    async with open_archives(settings, aws, ObjectStore(aws.s3, local_aws.bucket)) as archives:
+        archive, originals = archives.of(None)
+        image_sets = await archive.push([Instance(tmp_path / "a.dcm", *uids)])
+        shown = await archive.shown(*uids[:2])
 
-    assert image_set_id is None
-    assert [one["0020000E"]["Value"][0] for one in found] == [made.SeriesInstanceUID]
+    assert (archive.target, originals) == ("dicomweb", False)
+    assert image_sets == {made.SeriesInstanceUID: None}
+    assert shown == {made.SOPInstanceUID}
     assert "secret" not in repr(settings)

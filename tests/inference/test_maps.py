@@ -1,6 +1,10 @@
+import json
+import shutil
+import sys
+
 import pytest
 
-from services.inference.maps import digest_of, load, models_of
+from services.inference.maps import digest_of, is_image, load, models_of
 from shared.config import Misconfigured
 
 
@@ -49,3 +53,135 @@ def test_a_source_that_is_no_map_is_told_at_the_start(tmp_path):
         load("m", tmp_path / "missing")
     with pytest.raises(Misconfigured, match=r"maps.yaml: m: .* holds neither app.py nor __main__.py"):
         load("m", tmp_path)
+
+
+DEFINES = "from monai.deploy.core import Application\nclass A(Application):\n    pass\n"
+
+
+def unpacked(folder, **app):
+    """Lay what `extract` yields."""
+    for name in ("app", "models/m", "config"):
+        (folder / name).mkdir(parents=True)
+    (folder / "app" / "__main__.py").write_text(DEFINES)
+    (folder / "models" / "m" / "model.ts").write_text("m")
+    command = [
+        "python3",
+        "-u",
+        "/opt/holoscan/app/__main__.py",
+        "--models=/opt/holoscan/models",
+        "/opt/holoscan/models/m",
+    ]
+    document = {"command": json.dumps(command), "timeout": 30, "environment": {"A": "1", "HOLOSCAN_WORKDIR": "/var"}}
+    (folder / "config" / "app.json").write_text(json.dumps(document | app))
+    (folder / "config" / "pkg.json").write_text(json.dumps({"resources": {"memory": "2Gi"}}))
+    (folder / "config" / "app.yaml").write_text("resources: {memory: 9Gi}\n")
+    return folder
+
+
+def test_an_application_folder_is_read_with_its_app_yaml(tmp_path):
+    """A folder as in the SDK's examples names its program, models, configuration and needs."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "__main__.py").write_text("from app import A\n")
+    (tmp_path / "app.py").write_text(DEFINES)
+    (tmp_path / "app.yaml").write_text("resources: {cpu: 2, memory: 1Gi}\n")
+    found = load("m", tmp_path)
+
+    assert (found.application, found.models) == (str(tmp_path), str(tmp_path / "models"))
+    assert found.command == (sys.executable, str(tmp_path / "__main__.py"))
+    assert (found.needs.cpu, found.needs.memory_bytes, found.needs.timeout_s) == (2, 1 << 30, None)
+    assert found.own_environment["HOLOSCAN_CONFIG_PATH"] == str(tmp_path / "app.yaml")
+    assert found.own_environment["HOLOSCAN_MODEL_PATH"] == str(tmp_path / "models")
+
+
+def test_a_program_may_be_one_file_under_any_name(tmp_path):
+    """A file that is named, and the only file of a folder that defines an Application, are both the program."""
+    (tmp_path / "classifier.py").write_text(DEFINES)
+    (tmp_path / "other.py").write_text("A = 'Application'\n")
+
+    assert load("m", tmp_path / "classifier.py").application == str(tmp_path / "classifier.py")
+    assert load("m", tmp_path).command == (sys.executable, str(tmp_path / "classifier.py"))
+
+    (tmp_path / "second.py").write_text(DEFINES)
+    with pytest.raises(Misconfigured, match="nor one Python file that defines an Application"):
+        load("m", tmp_path)
+
+
+def test_models_that_lie_elsewhere_are_part_of_the_map(tmp_path):
+    """Models may be given; another model is another MAP, and one that is not there is told."""
+    program, models = tmp_path / "program", tmp_path / "models"
+    program.mkdir()
+    models.mkdir()
+    (program / "app.py").write_text(DEFINES)
+    (models / "model.ts").write_text("a")
+    found = load("m", program, models=models)
+
+    assert found.models == str(models)
+    assert not found.changed()
+    (models / "model.ts").write_text("b")
+    assert found.changed()
+    with pytest.raises(Misconfigured, match=r"its models .* do not exist"):
+        load("m", program, models=tmp_path / "nowhere")
+
+
+def test_a_map_may_have_its_own_interpreter(tmp_path):
+    """The interpreter is what the command starts with; one that is not there is told."""
+    (tmp_path / "app.py").write_text(DEFINES)
+    (tmp_path / "python3").write_text("")
+
+    assert load("m", ".", relative_to=tmp_path, python="python3").command[0] == str(tmp_path / "python3")
+    with pytest.raises(Misconfigured, match=r"its interpreter .* does not exist"):
+        load("m", tmp_path, python=str(tmp_path / "missing"))
+
+
+def test_an_unpacked_map_is_read_where_it_lies(tmp_path):
+    """Paths of the image in its manifests become those of the folder; its manifests go before its app.yaml."""
+    root = unpacked(tmp_path / "map")
+    found = load("m", root)
+
+    assert found.application == str(root / "app" / "__main__.py")
+    assert found.command == (
+        sys.executable,
+        "-u",
+        str(root / "app" / "__main__.py"),
+        "--models=/opt/holoscan/models",
+        str(root / "models" / "m"),
+    )
+    assert found.models == str(root / "models")
+    assert (found.needs.timeout_s, found.needs.memory_bytes) == (30, 2 << 30)
+    assert found.own_environment["A"] == "1"
+    assert "HOLOSCAN_WORKDIR" not in found.own_environment
+    assert found.own_environment["HOLOSCAN_CONFIG_PATH"] == str(root / "config" / "app.yaml")
+
+
+def test_a_broken_unpacked_map_is_told_plainly(tmp_path):
+    """What is missing or wrong is named with the MAP."""
+    with pytest.raises(Misconfigured, match=r"maps.yaml: m: app.json: command: expected the program"):
+        load("m", unpacked(tmp_path / "one", command=""))
+    with pytest.raises(
+        Misconfigured, match=r"app.json: command: starts .*/app/gone.py, where there is no Python program"
+    ):
+        load("m", unpacked(tmp_path / "two", command="python3 /opt/holoscan/app/gone.py"))
+    shutil.rmtree(unpacked(tmp_path / "three") / "app")
+    with pytest.raises(Misconfigured, match="has manifests, but no folder app"):
+        load("m", tmp_path / "three")
+
+
+def test_a_program_is_told_of_its_study_in_both_families_of_names(tmp_path):
+    """Programs of App SDK 0.x read other variables than those of today."""
+    (tmp_path / "app.py").write_text(DEFINES)
+    said = load("m", tmp_path).environment("/in", "/out", "/work")
+
+    assert said["HOLOSCAN_INPUT_PATH"] == said["MONAI_INPUTPATH"] == "/in"
+    assert said["HOLOSCAN_OUTPUT_PATH"] == said["MONAI_OUTPUTPATH"] == "/out"
+    assert said["HOLOSCAN_WORKDIR"] == said["MONAI_WORKDIR"] == "/work"
+    assert "HOLOSCAN_MODEL_PATH" not in said
+
+
+def test_a_source_names_an_image_by_its_tag(tmp_path):
+    """A path that is there is a path, whatever it is called; otherwise a tag or a digest makes an image."""
+    (tmp_path / "a:b").mkdir()
+
+    assert is_image("registry/spleen:1.0")
+    assert is_image("spleen@sha256:00")
+    assert not is_image("spleen")
+    assert not is_image("a:b", tmp_path)

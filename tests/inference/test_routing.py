@@ -1,4 +1,5 @@
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -7,10 +8,10 @@ from services.inference import routing
 from services.inference.routing import Route, read
 from services.inference.settings import InferenceSettings
 from shared.config import Misconfigured
-from shared.dicom import Revision, StoredInstance
+from shared.dicom import Geometry, Revision, StoredInstance
 
 
-def revision(n_instances=3, **attributes):
+def revision(n_instances=3, geometry=None, **attributes):
     instances = tuple(
         StoredInstance(sop_instance_uid=f"1.{index}", sha="0" * 16, key=f"k{index}") for index in range(n_instances)
     )
@@ -22,6 +23,7 @@ def revision(n_instances=3, **attributes):
         created=datetime(2026, 1, 1, tzinfo=UTC),
         instances=instances,
         attributes=attributes,
+        geometry=geometry,
     )
 
 
@@ -77,6 +79,43 @@ def test_a_missing_attribute_satisfies_nothing():
     assert not route.takes(revision(Modality="CT"))
 
 
+@pytest.mark.parametrize(
+    ("missing", "attributes", "taken"),
+    [
+        (True, {}, True),
+        (True, {"ContrastBolusAgent": None}, True),
+        (True, {"ContrastBolusAgent": ""}, True),
+        (True, {"ContrastBolusAgent": []}, True),
+        (True, {"ContrastBolusAgent": "IODINE"}, False),
+        (False, {"ContrastBolusAgent": "IODINE"}, True),
+        (False, {}, False),
+    ],
+)
+def test_an_attribute_may_have_to_be_missing_or_there(missing, attributes, taken):
+    """An attribute without a value says as little as none."""
+    route = Route(name="m", source="m", when={"ContrastBolusAgent": {"missing": missing}})
+
+    assert route.takes(revision(**attributes)) == taken
+
+
+def test_geometry_can_be_a_condition():
+    """What ingest found of how the slices lie is compared like an attribute; a series without geometry has none."""
+    route = Route(name="m", source="m", when={"geometry.verdict": "regular", "geometry.spacing_mm": {"max": 3}})
+    lies = Geometry(verdict="regular", n_slices=9, n_positions=9, spacing_mm=2.5)
+
+    assert route.takes(revision(geometry=lies))
+    assert not route.takes(revision(geometry=lies.model_copy(update={"verdict": "irregular"})))
+    assert not route.takes(revision(geometry=lies.model_copy(update={"spacing_mm": 5.0})))
+    assert not route.takes(revision())
+
+
+def test_what_is_not_met_is_told_with_what_the_series_has():
+    """A dry run can say which conditions keep a series from a MAP."""
+    route = Route(name="m", source="m", when={"Modality": "CT", "BodyPartExamined": "CHEST", "n_instances": 3})
+
+    assert route.unmet(revision(Modality="MR")) == {"Modality": "MR", "BodyPartExamined": None}
+
+
 def test_every_condition_must_hold():
     """One condition that is not met is enough to leave a series."""
     route = Route(name="m", source="m", when={"Modality": "CT", "n_instances": {"min": 3}})
@@ -95,9 +134,13 @@ def test_every_condition_must_hold():
         ("maps: [{name: a, when: {Modality: CT}}]", "maps.yaml: maps.0.source: Field required."),
         ("maps: [{name: a, source: x, when: {}}]", "maps.yaml: maps.0.when: "),
         ("maps: [{name: a, source: x, when: {Modallity: CT}}]", "maps.0.when.Modallity: neither a DICOM keyword"),
+        ("maps: [{name: a, source: x, when: {PatientName: {missing: true}}}]", "not among what ingest tells"),
         ("maps: [{name: a, source: x, when: {Modality: {regexp: CT}}}]", "maps.0.when.Modality: expected a value"),
         ("maps: [{name: a, source: x, when: {Modality: {regex: '('}}}]", "not a regular expression"),
         ("maps: [{name: a, source: x, when: {Rows: {min: 2, max: 1}}}]", "min is above max"),
+        ("maps: [{name: a, source: x, when: {geometry.shape: CT}}]", "maps.0.when.geometry.shape: neither a DICOM"),
+        ("maps: [{name: a, source: x, when: {Rows: 1}, level: patient}]", "maps.yaml: maps.0.level: "),
+        ("maps: [{name: a, source: x, when: {Rows: 1}, push: pacs}]", "maps.yaml: maps.0.push: "),
         (
             "maps: [{name: a, source: x, when: {Rows: 1}}, {name: a, source: x, when: {Rows: 1}}]",
             "more than one MAP is named a",
@@ -114,7 +157,7 @@ def test_a_mistake_in_the_table_is_told_with_its_place(text, line):
 
 def test_the_table_of_this_repository_takes_ct_and_nothing_else():
     """What ships routes CT, a single slice too; the application itself leaves localizers out."""
-    (route,) = read(InferenceSettings().maps_file.read_text()).maps
+    (route,) = read(Path(InferenceSettings().maps_file).read_text()).maps
 
     assert route.takes(revision(n_instances=3, Modality="CT"))
     assert route.takes(revision(n_instances=1, Modality="CT"))

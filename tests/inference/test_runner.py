@@ -1,38 +1,41 @@
 """The runner with the real SDK: how each way to end is told apart, and what becomes of the process."""
 
 import asyncio
+import json
 import os
+from dataclasses import replace
 
-import numpy as np
 import pydicom
 import pytest
+import torch
 
 from services.inference import maphost
 from services.inference.maps import load
-from services.inference.runner import MapChanged, MapRunner, _run_of
+from services.inference.runner import GpuLost, MapChanged, MapRunner, Serving, _run_of
 from shared.child import ChildFailed
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-def pixels(study):
-    return pydicom.dcmread(study.output / "capture.dcm").pixel_array
+def made_by(study):
+    return pydicom.dcmread(study.output / "capture.dcm")
 
 
-async def test_a_warm_process_serves_study_after_study_with_what_a_fresh_one_makes(runner, study, capture_map):
-    """A process that has run a study gives the next one the same pixels as a new process does."""
-    first, second, fresh = study(), study(), study()
+async def test_a_warm_process_makes_what_a_fresh_one_makes_byte_for_byte(runner, study, capture_map):
+    """Study after study, a warm process writes the pixels that the MAP's own command writes in a new process."""
+    uids = {"StudyInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2.3.4"}
+    first, second, fresh = study(**uids), study(**uids), study(**uids)
     runs = [await runner.run("capture", first)]
     pid = runner.pid("capture")
     runs.append(await runner.run("capture", second))
-    other = MapRunner([capture_map], recycle_after=1)
+    other = MapRunner([capture_map], serving={"capture": Serving(isolation="process")})
     runs.append(await other.run("capture", fresh))
 
     assert [run.outcome for run in runs] == ["ran"] * 3
     assert runner.pid("capture") == pid
-    assert other.pid("capture") is None, "recycle_after=1 ends the process after each study"
-    assert np.array_equal(pixels(second), pixels(first))
-    assert np.array_equal(pixels(second), pixels(fresh))
+    assert other.pid("capture") is None, "a process of its own ends with its study"
+    assert made_by(second).PixelData == made_by(first).PixelData == made_by(fresh).PixelData
+    assert made_by(second).PatientID == made_by(fresh).PatientID
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ async def test_a_warm_process_serves_study_after_study_with_what_a_fresh_one_mak
     [
         ({"Modality": "MR"}, "no_matching_series", ""),
         ({"SeriesDescription": "exit"}, "application_error", "SystemExit"),
-        ({"SeriesDescription": "kill"}, "crashed", "SIGKILL"),
+        ({"SeriesDescription": "segfault"}, "crashed", "SIGSEGV"),
     ],
 )
 async def test_every_failure_is_told_apart_and_its_process_replaced(runner, study, attributes, outcome, error_type):
@@ -54,9 +57,62 @@ async def test_every_failure_is_told_apart_and_its_process_replaced(runner, stud
         assert run.where.startswith("app.py:")
 
 
+async def test_what_a_warm_process_fails_at_a_fresh_one_decides(runner, study):
+    """A crash that comes of an earlier study is no failure of this one, and nothing of the first try is left."""
+    await runner.run("capture", study())
+    warm = study(SeriesDescription="crash when warm")
+    run = await runner.run("capture", warm)
+
+    assert (run.outcome, run.was_first) == ("ran", True)
+    assert [path.name for path in warm.output.iterdir()] == ["capture.dcm"]
+
+
+async def test_a_study_finds_nothing_of_the_one_before(runner, study):
+    """Neither its files nor what it put into the environment are seen by the next study of the same process."""
+    one, other = study(SeriesDescription="look around"), study(SeriesDescription="look around")
+    for each in (one, other):
+        assert (await runner.run("capture", each)).outcome == "ran"
+    served, found = json.loads((other.output / "found.json").read_text())
+
+    assert len(served) > 1, "both ran in one process"
+    assert found == [None]
+
+
+async def test_a_process_that_has_grown_is_replaced(runner, study, monkeypatch):
+    """A MAP that leaks 100 MB per study serves until it has grown by more than the bound."""
+    host = runner._hosts["capture"]
+    await host.stop()
+    monkeypatch.setattr(host, "bounds", replace(host.bounds, growth_bytes=150_000_000))
+    pids = []
+    for _ in range(3):
+        await runner.run("capture", study(SeriesDescription="leak"))
+        pids.append(runner.pid("capture"))
+
+    assert pids[0] == pids[1] is not None
+    assert pids[2] is None
+
+
+async def test_megabytes_on_standard_output_are_no_trouble(runner, study):
+    """What a MAP prints goes beside the protocol, and the end of it is kept."""
+    noisy = study(SeriesDescription="chatter")
+    run = await runner.run("capture", noisy)
+
+    assert run.outcome == "ran"
+    assert len(noisy.log_tail()) == 64 * 1024
+    assert b"xxxSecret^Name" in noisy.log_tail()
+
+
+async def test_a_series_of_two_thousand_slices_is_served_like_any_other(runner, study):
+    """As many slices as a whole-body scan has go through a warm process, and nothing of them stays in it."""
+    runs = [await runner.run("capture", study(n=n)) for n in (3, 2000, 3)]
+
+    assert [run.outcome for run in runs] == ["ran"] * 3
+    assert runs[2].rss_bytes - runs[0].rss_bytes < 50_000_000
+
+
 async def test_a_hanging_map_is_killed_at_its_deadline(runner, study, monkeypatch):
     """The deadline ends a MAP that never returns, and the time spent is told."""
-    monkeypatch.setattr(runner, "_deadline_s", 0.5)
+    monkeypatch.setattr(runner._hosts["capture"], "deadline_s", 0.5)
     run = await runner.run("capture", study(SeriesDescription="hang"))
 
     assert run.outcome == "deadline"
@@ -95,6 +151,59 @@ async def test_what_a_map_prints_goes_into_the_log_of_its_study_alone(runner, st
     assert "Patient" not in "".join(capfd.readouterr())
 
 
+async def test_a_lost_gpu_is_the_workers_end_and_not_the_studys(runner, study, monkeypatch):
+    """An error of the device or its driver ends the worker, and so does a GPU that a new process finds gone."""
+    host = runner._hosts["capture"]
+    await runner.start("capture")
+    with monkeypatch.context() as patched:
+
+        async def started():
+            host.device = "cuda"
+
+        patched.setattr(host, "start", started)
+        with pytest.raises(GpuLost):
+            await runner.run("capture", study(SeriesDescription="gpu lost"))
+
+    assert isinstance(runner.unfit, GpuLost)
+
+    runner.unfit = None
+    host.device = "cpu"
+    monkeypatch.setattr(runner._hosts["capture"], "device", "cuda")
+    with pytest.raises(GpuLost):
+        await runner.run("capture", study())
+
+    assert isinstance(runner.unfit, GpuLost)
+    assert runner.pid("capture") is None
+    runner.unfit = None
+
+
+async def test_a_new_version_is_tried_beside_the_one_that_serves_and_takes_over_warm(
+    runner, study, capture_map, tmp_path
+):
+    """A version that was tried serves from its installation on in the process that tried it; the old one ends."""
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "app.py").write_bytes((capture_map.folder / "app.py").read_bytes() + b"# newer\n")
+    newer = load("capture", tmp_path / "newer")
+    own = MapRunner([capture_map])
+    own._hosts = dict(runner._hosts)
+    await own.run("capture", study())
+    before = own.pid("capture")
+    try:
+        tried = await own.try_out(newer, study())
+        serving = own.pid("capture")
+        await own.install(newer)
+        after = own.pid("capture")
+        run = await own.run("capture", study())
+
+        assert (tried.outcome, run.outcome) == ("ran", "ran")
+        assert serving == before
+        assert after == own.pid("capture") != before
+        with pytest.raises(ProcessLookupError):
+            os.kill(before, 0)
+    finally:
+        await own.stop()
+
+
 async def test_a_map_that_changed_on_disk_does_not_run_under_its_old_digest(tmp_path, study):
     """A result never carries the digest of a program that did not make it."""
     (tmp_path / "app.py").write_text("import sys\n")
@@ -103,7 +212,7 @@ async def test_a_map_that_changed_on_disk_does_not_run_under_its_old_digest(tmp_
     with pytest.raises(MapChanged):
         await changing.run("changing", study())
 
-    assert changing.changed
+    assert isinstance(changing.unfit, MapChanged)
     assert changing.pid("changing") is None
 
 
@@ -128,13 +237,70 @@ async def test_a_process_that_the_kernel_killed_for_memory_is_told_as_such():
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "outcome"),
     [
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
-        type("OutOfMemoryError", (RuntimeError,), {})("what torch.cuda raises"),
+        (MemoryError(), "out_of_memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
+        (OSError(12, "Cannot allocate memory"), "out_of_memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "gpu_out_of_memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "gpu_out_of_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "gpu_out_of_memory"),
+        (torch.AcceleratorError("CUDA error: no CUDA-capable device is detected"), "gpu_lost"),
+        (RuntimeError("CUDA error: unknown error\nCUDA kernel errors might be asynchronously reported"), "gpu_lost"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "application_error"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "application_error"),
     ],
 )
-async def test_memory_that_ends_is_recognised_however_it_is_raised(error):
-    """Python, torch on a processor and torch on a GPU each raise something else when memory ends."""
-    assert maphost._told(error)["outcome"] == "out_of_memory"
+async def test_memory_that_ends_and_a_gpu_that_is_lost_are_recognised_however_they_are_raised(error, outcome):
+    """Python, the kernel, torch on a processor and the CUDA runtime each say it in another way."""
+    assert maphost._told(type(error), str(error), "app.py:1")["outcome"] == outcome
+
+
+async def test_a_map_without_a_gpu_that_says_it_lost_one_fails_alone(runner, study):
+    """The worker goes on: what never had a GPU cannot have lost it."""
+    run = await runner.run("capture", study(SeriesDescription="gpu lost"))
+
+    assert run.outcome == "application_error"
+    assert runner.unfit is None
+
+
+async def test_what_a_map_put_in_place_of_a_folder_is_not_followed(tmp_path, study):
+    """A link to a folder of somebody else is removed, and what it leads to is neither read, changed nor removed."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "secret.txt").write_text("of somebody else")
+    program = tmp_path / "linking"
+    program.mkdir()
+    (program / "app.py").write_text(
+        "import os, shutil\n"
+        "study = os.path.dirname(os.environ['HOLOSCAN_OUTPUT_PATH'])\n"
+        "os.rmdir(f'{study}/output')\n"
+        f"os.symlink({str(secret)!r}, f'{{study}}/output')\n"
+        "os.remove(f'{study}/log.txt')\n"
+        f"os.symlink({str(secret / 'secret.txt')!r}, f'{{study}}/log.txt')\n"
+    )
+    laid = study()
+    serving = {"linking": Serving(isolation="process")}
+    alone = MapRunner([load("linking", program)], serving=serving)
+    run = await alone.run("linking", laid)
+    await alone.stop()
+    made, printed = list(laid.output.iterdir()), laid.log_tail()
+    laid.clear()
+
+    assert (run.outcome, run.where) == ("application_error", "output was replaced")
+    assert (made, printed) == ([], b"")
+    assert (secret / "secret.txt").read_text() == "of somebody else"
+
+
+async def test_a_log_that_became_a_link_is_not_read(study, tmp_path):
+    """Also where it is replaced after the run, and where a study is cleared before it is mended."""
+    laid = study()
+    (tmp_path / "secret.txt").write_text("of somebody else")
+    (laid.folder / "log.txt").symlink_to(tmp_path / "secret.txt")
+    laid.output.rmdir()
+    laid.output.symlink_to(tmp_path)
+    laid.clear()
+
+    assert laid.log_tail() == b""
+    assert (tmp_path / "secret.txt").exists()
+    assert laid.mend() == "log.txt"

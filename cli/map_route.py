@@ -1,0 +1,129 @@
+"""`radqueue map route`: which MAPs would take which series of a study, and what keeps the others away; runs nothing."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from rich.table import Table
+
+from cli import show
+from cli.client import Client, Refused, WrongUsage
+from services.inference.routing import RoutingTable, read
+from services.inference.settings import InferenceSettings
+from services.ingest.assembly import DEFER_BYTES
+from services.ingest.series import describe
+from shared.config import load
+from shared.dicom import Revision, StoredInstance, is_uid, silence
+
+
+def route(environ: Mapping[str, str], study: str, maps: str | None) -> dict[str, Any]:
+    """Return what `routed` does of a study, by the routing table `maps` or else the settings'.
+
+    Raises:
+        Refused: there is no such study or table.
+        Misconfigured: the table is broken.
+    """
+    local = Path(study).is_dir()
+    if not local and not is_uid(study):
+        raise WrongUsage(f"{study} is neither a folder nor a StudyInstanceUID")
+    table = read(_text(maps or load(InferenceSettings, environ).maps_file, environ))
+    return routed(table, _local(Path(study)) if local else _stored(Client(environ), study))
+
+
+def show_routes(found: Mapping[str, Any]) -> None:
+    """Print it for people."""
+    for series in found["series"]:
+        show.out.print(_table(series))
+    for name, taken in found["studies"].items():
+        show.say(f"{name}: {len(taken)} series in one run, once the study has settled")
+
+
+def routed(table: RoutingTable, revisions: Iterable[Revision]) -> dict[str, Any]:
+    """Return what `--json` prints: each series with what each MAP says to it, and what each study-level MAP gets."""
+    series = []
+    studies: dict[str, list[str]] = {one.name: [] for one in table.maps if one.level == "study"}
+    for revision in sorted(revisions, key=lambda one: one.series_uid):
+        answers = []
+        for one in table.maps:
+            unmet = one.unmet(revision)
+            wanted = one.model_dump(mode="json")["when"]
+            failed = {name: {"wanted": wanted[name], "has": has} for name, has in unmet.items()}
+            answers.append({"map": one.name, "level": one.level, "takes": not unmet, "unmet": failed})
+            if one.level == "study" and not unmet:
+                studies[one.name].append(revision.series_uid)
+        told = {"series_uid": revision.series_uid, "modality": revision.attributes.get("Modality")}
+        series.append({**told, "n_instances": len(revision.instances), "maps": answers})
+    return {"series": series, "studies": studies}
+
+
+def _text(place: str, environ: Mapping[str, str]) -> str:
+    if place.startswith("s3://"):
+        parts = urlsplit(place)
+        body = Client({**environ, "RADQUEUE_BUCKET": parts.netloc}).get(parts.path.lstrip("/"))
+        if body is None:
+            raise Refused(f"there is no {place}")
+        return body.decode()
+    try:
+        return Path(place).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongUsage(f"--maps: cannot read {place} ({type(error).__name__})") from None
+
+
+def _stored(client: Client, study_uid: str) -> list[Revision]:
+    """Return the newest revision of each series of a study that ingest has stored."""
+    newest: dict[str, Revision] = {}
+    for item in client.stored(f"studies/{study_uid}/"):
+        if "/revisions/" in item.key:
+            revision = Revision.parse(client.get(item.key) or b"")
+            before = newest.get(revision.series_uid, revision)
+            newest[revision.series_uid] = max(before, revision, key=lambda one: one.created)
+    if not newest:
+        raise Refused("no series of this study has settled here")
+    return list(newest.values())
+
+
+def _local(folder: Path) -> list[Revision]:
+    """Describe the series in a folder as ingest would."""
+    silence()
+    headers: dict[tuple[str, str], list[Dataset]] = defaultdict(list)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            header = pydicom.dcmread(path, defer_size=DEFER_BYTES)
+            headers[str(header.StudyInstanceUID), str(header.SeriesInstanceUID)].append(header)
+        except (InvalidDicomError, AttributeError, OSError, EOFError, ValueError):
+            continue
+    if not headers:
+        raise Refused(f"there is no DICOM file in {folder}")
+    if len({study_uid for study_uid, _ in headers}) > 1:
+        raise WrongUsage(f"{folder} holds more than one study")
+    return [_revision(uids, series) for uids, series in headers.items()]
+
+
+def _revision(uids: tuple[str, str], headers: list[Dataset]) -> Revision:
+    described = describe(headers)
+    instances = {str(header.get("SOPInstanceUID", "")) for header in headers}
+    return Revision(
+        dataset="local",
+        study_uid=uids[0],
+        series_uid=uids[1],
+        digest="0" * 16,
+        created=datetime.now(UTC),
+        instances=tuple(StoredInstance(sop_instance_uid=uid, sha="0" * 16, key="") for uid in sorted(instances)),
+        attributes=described.attributes,
+        geometry=described.geometry,
+    )
+
+
+def _table(series: Mapping[str, Any]) -> Table:
+    title = f"series {series['series_uid']} ({series['modality'] or 'no modality'}, {series['n_instances']} instances)"
+    table = Table("MAP", "takes it", "what is not met", title=title, title_justify="left")
+    for answer in series["maps"]:
+        unmet = [f"{name}: wants {one['wanted']}, has {one['has']}" for name, one in answer["unmet"].items()]
+        table.add_row(answer["map"], "yes" if answer["takes"] else "no", "\n".join(unmet))
+    return table

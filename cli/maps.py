@@ -1,0 +1,187 @@
+"""`radqueue map …`: check a MAP, build it into an image, run it by hand, look into it."""
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from cli import show
+
+BASE = "docker.io/library/python:3.12-slim-bookworm"
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
+
+app = typer.Typer(no_args_is_help=True, help="Check a MAP, build it into an image, run it by hand, look into it.")
+Source = Annotated[
+    str, typer.Argument(help="A folder, a Python file, an unpacked MAP, or an image with its tag.", show_default=False)
+]
+Python = Annotated[str | None, typer.Option(help="The interpreter that has what a folder's program imports.")]
+Models = Annotated[Path | None, typer.Option(help="Its models, where they do not lie beside it.")]
+Isolation = Annotated[str, typer.Option(help="warm, or process: the MAP's own command in a process of its own.")]
+Deadline = Annotated[float | None, typer.Option(min=0.001, help="Wall seconds for the study.")]
+Log = Annotated[Path | None, typer.Option(help="Write what it prints to this file; it may name the patient.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    *,
+    source: Source,
+    study: Annotated[Path | None, typer.Option("--input", help="Run it on the files of this folder, too.")] = None,
+    python: Python = None,
+    models: Models = None,
+    isolation: Isolation = "warm",
+    deadline: Deadline = None,
+    log: Log = None,
+    json: Json = False,
+) -> None:
+    """Tell whether a MAP will work here, and what to do where it will not; exit code 1 where it will not."""
+    from cli import mapwork  # noqa: PLC0415 - each command loads what it needs
+
+    findings = mapwork.check(
+        context.obj,
+        source,
+        study,
+        serving=mapwork.serving(isolation, deadline),
+        log=log,
+        say=show.progress,
+        python=python,
+        models=models,
+    )
+    failed = any(one.level == "error" for one in findings)
+    if json:
+        show.json({"source": source, "ok": not failed, "findings": [asdict(one) for one in findings]})
+    else:
+        for one in findings:
+            show.out.print(f"{MARKS[one.level]} {one.check}: {escape(one.text)}")
+            if one.level != "ok":
+                show.out.print(f"   {escape(one.remedy)}")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    *,
+    source: Source,
+    study: Annotated[Path, typer.Option("--input", help="Folder with the files of the study.")],
+    output: Annotated[Path, typer.Option(help="Folder that gets what it writes.")],
+    python: Python = None,
+    models: Models = None,
+    isolation: Isolation = "warm",
+    deadline: Deadline = None,
+    log: Log = None,
+    json: Json = False,
+) -> None:
+    """Run a MAP on one study, as the worker does; exit code 1 where it failed."""
+    from cli import mapwork  # noqa: PLC0415
+
+    serving = mapwork.serving(isolation, deadline)
+    told = mapwork.run(context.obj, source, study, output, serving=serving, log=log, python=python, models=models)
+    if json:
+        show.json(told)
+    else:
+        at = " ".join(part for part in (told["error_type"], told["where"]) if part)
+        show.say(f"{told['outcome']} in {told['duration_s']:.1f} s on {told['device']}{f': {at}' if at else ''}")
+        show.paths(told["files"])
+    raise typer.Exit(0 if told["outcome"] in {"ran", "no_matching_series"} else 1)
+
+
+@app.command()
+def build(
+    context: typer.Context,
+    *,
+    folder: Annotated[Path, typer.Argument(help="The application's folder.")],
+    tag: Annotated[str, typer.Option(help="Name and tag of the image.")],
+    base: Annotated[str, typer.Option(help="Image with Python to build on.")] = BASE,
+    models: Models = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds for a study, written to app.json.")] = 0,
+    install: Annotated[bool, typer.Option(help="Install requirements.txt, or not, where the base has it all.")] = True,
+    push: Annotated[bool, typer.Option("--push", help="Push the image to its registry.")] = False,
+    build_context: Annotated[
+        Path | None, typer.Option("--context", help="Keep what the image is built of in this new folder.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Build a MAP image of an application folder, by docker, podman or buildah."""
+    from cli import mapwork  # noqa: PLC0415
+
+    told = mapwork.build(
+        context.obj,
+        folder,
+        tag,
+        base=base,
+        models=models,
+        timeout_s=timeout,
+        install=install,
+        context=build_context,
+        push=push,
+        say=show.progress,
+    )
+    if json:
+        show.json(told)
+    elif told["built"]:
+        show.say(f"built {tag} on {told['base']}" + (f", pushed as {told['pushed']}" if push else ""))
+    else:
+        place = shlex.quote(told["context"])
+        show.say(f"wrote what to build to {place}; where there is docker: docker build --tag {tag} {place}")
+
+
+@app.command("show")
+def show_(context: typer.Context, *, source: Source, json: Json = False) -> None:
+    """Show what the manifests of a MAP say."""
+    from cli import mapwork  # noqa: PLC0415
+
+    told = mapwork.describe(context.obj, source)
+    if json:
+        show.json(told)
+        return
+    for key, value in told.items():
+        if value:
+            show.say(f"{key}: {shlex.join(value) if isinstance(value, list) else value}")
+
+
+@app.command()
+def env(context: typer.Context, *, source: Source, json: Json = False) -> None:
+    """Show the environment that a MAP's program gets."""
+    from cli import mapwork  # noqa: PLC0415
+
+    variables = mapwork.variables(context.obj, source)
+    if json:
+        show.json(variables)
+        return
+    for name, value in sorted(variables.items()):
+        show.say(f"{name}={value}")
+
+
+@app.command()
+def extract(
+    context: typer.Context,
+    *,
+    image: Annotated[str, typer.Argument(help="An image with its tag.")],
+    out: Annotated[Path, typer.Option(help="New folder for app, models, config and docs.")],
+    json: Json = False,
+) -> None:
+    """Unpack a MAP image, without running it; the folder is a source like the image."""
+    from cli import mapwork  # noqa: PLC0415
+
+    written = mapwork.extract(context.obj, image, out)
+    show.json({"written": written}) if json else show.paths(written)
+
+
+@app.command()
+def route(
+    context: typer.Context,
+    *,
+    study: Annotated[str, typer.Argument(help="A StudyInstanceUID that is stored, or a folder of DICOM files.")],
+    maps: Annotated[str | None, typer.Option(help="The routing table: a file, or s3://bucket/key.")] = None,
+    json: Json = False,
+) -> None:
+    """Tell which MAPs would take which series of a study; nothing is run."""
+    from cli import map_route  # noqa: PLC0415 - each command loads what it needs
+
+    found = map_route.route(context.obj, study, maps)
+    show.json(found) if json else map_route.show_routes(found)

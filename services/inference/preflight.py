@@ -1,0 +1,360 @@
+"""Whether a MAP will work here: what can be found out before the first patient's study, each with its remedy.
+
+The MAP is read, imported and run as the worker does it: by the same reader, the same runner, in the same interpreter or
+container, and what it writes is checked by the same rules.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from services.inference import gpus, outputs
+from services.inference.engine import EngineFailed, Mount, run
+from services.inference.maps import Map
+from services.inference.outputs import OutputRefused
+from services.inference.runner import (
+    CONTAINER_ROOT,
+    HOST_FILES,
+    ROOT,
+    Bounds,
+    MapRunner,
+    Run,
+    Serving,
+    Study,
+    WorkerUnfit,
+)
+from shared.child import ChildFailed
+from shared.errors import Unavailable
+
+PROBE_S = 600
+"""Seconds to import the MAP and load its models."""
+PROBE = "services/inference/probe.py"
+START = "import sys; sys.path[0] = sys.argv.pop(1); from services.inference.probe import main; main(sys.argv[1:])"
+GIB = 1 << 30
+
+Answer = dict[str, Any]
+Level = Literal["ok", "warning", "error"]
+OUTCOMES = {
+    "no_matching_series": (
+        "no series of the study is one that it takes",
+        "Give another study, or mend the selection rules.",
+    ),
+    "application_error": ("the application failed: {told}", "Mend it; --log FILE writes all that it printed."),
+    "deadline": ("no end after {deadline:g} s", "Set a longer deadline_s in maps.yaml, or timeout in app.json."),
+    "out_of_memory": ("it ran out of memory", "Ask for more memory in pkg.json or app.yaml, or use a smaller study."),
+    "gpu_out_of_memory": (
+        "the GPU's memory did not suffice",
+        "Ask for what it needs as gpuMemory; end what else uses it.",
+    ),
+    "gpu_lost": ("the GPU does not answer", "Look at dmesg for Xid, and restart the driver or the machine."),
+    "crashed": (
+        "its process crashed: {told}",
+        "Run it in a debugger; libraries of another version are the usual cause.",
+    ),
+}
+REFUSED = {
+    "no_output": ("it wrote nothing", "See whether the operators emit and the writer is connected."),
+    "outputs_missing": ("it did not write {where}", "Mend the application, or `outputs:` in maps.yaml."),
+    "invalid_output": (
+        "it wrote DICOM that no archive takes: {where}",
+        "Write complete files, with UIDs of their own.",
+    ),
+    "attributes_differ": (
+        "{where} are not those of the study",
+        "Copy them exactly: HealthImaging keeps such an instance as non-primary, and no DICOMweb search shows it.",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    check: str
+    level: Level
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What came of a study."""
+
+    run: Run
+    files: tuple[Path, ...] = ()
+    """What was written, relative to the output folder."""
+
+
+def check_manifests(found: Map) -> Iterator[Finding]:
+    """Compare what the MAP asks for with what this machine has."""
+    needs = found.needs
+    asks = {
+        "cpu": f"{needs.cpu:g}" if needs.cpu is not None else None,
+        "memory": _size(needs.memory_bytes),
+        "gpu": str(needs.gpu) if needs.gpu else None,
+        "GPU memory": _size(needs.gpu_memory_bytes),
+        "timeout": f"{needs.timeout_s:g} s" if needs.timeout_s else None,
+    }
+    said = ", ".join(f"{key} {value}" for key, value in asks.items() if value is not None)
+    yield Finding("manifests", "ok", f"digest {found.digest}; asks for {said or 'nothing'}")
+    if needs.timeout_s is None:
+        remedy = "Set timeout in app.json, or deadline_s in maps.yaml; until then it is RADQUEUE_DEADLINE_S."
+        yield Finding("manifests", "warning", "no timeout is set", remedy)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (needs.memory_bytes or 0) > there:
+        text = f"asks for {_size(needs.memory_bytes)} of memory, and this machine has {_size(there)}"
+        yield Finding("manifests", "error", text, "Use a larger machine, or ask for less.")
+    if (needs.cpu or 0) > (os.cpu_count() or 1):
+        text = f"asks for {needs.cpu:g} processors, and this machine has {os.cpu_count()}"
+        yield Finding("manifests", "warning", text, "It will run, and take longer.")
+    if found.models is None:
+        yield Finding(
+            "manifests", "warning", "it has no models", "If it needs them, put them into a folder models, or name them."
+        )
+    if found.image is not None and found.image.inspected.user.partition(":")[0] in {"", "0", "root"}:
+        text = f"the image is made to run as root; here it runs as {found.image.engine.user}"
+        yield Finding(
+            "manifests", "warning", text, "Let it write to its work folder alone, and build it with USER 1000:1000."
+        )
+
+
+def check_gpu(found: Map, devices: Sequence[gpus.Gpu]) -> Iterator[Finding]:
+    """Compare the GPUs that the MAP asks for with those of this machine."""
+    needs = found.needs
+    if not needs.gpu:
+        return
+    if not devices:
+        remedy = "It runs on the processor where its code allows that; for a GPU, install the NVIDIA driver."
+        yield Finding("gpu", "warning", f"asks for {needs.gpu} GPU, and this machine has none", remedy)
+        return
+    fitting = [one for one in devices if one.memory_bytes >= (needs.gpu_memory_bytes or 0)]
+    told = ", ".join(f"{one.index}: {_size(one.memory_bytes)}" for one in devices)
+    if len(fitting) < needs.gpu:
+        text = f"asks for {needs.gpu} GPU with {_size(needs.gpu_memory_bytes)}, and there are {told}"
+        yield Finding("gpu", "error", text, "Use a larger GPU, or ask for less.")
+    else:
+        yield Finding("gpu", "ok", f"asks for {needs.gpu}, and there are {told}")
+
+
+def probe(found: Map, *, gpu: bool = False) -> list[Finding]:
+    """Import the MAP in its own interpreter, and load its models; `gpu` says that it is to have one."""
+    with tempfile.TemporaryDirectory(prefix="probe-") as work:
+        answers, code, errors = _answers(found, Path(work), gpu=gpu)
+    if not gpu:
+        answers.pop("gpu", None)
+    findings = [one for step, answer in answers.items() if answer is not None for one in READERS[step](answer, found)]
+    begun = next((step for step, answer in answers.items() if answer is None), None)
+    if begun is not None or not answers:
+        text = f"its interpreter ended (exit {code}) at: {begun or 'start'}" + (f"; {errors}" if errors else "")
+        remedy = "Run the same import by hand in that interpreter, or with this image's python3."
+        findings.append(Finding(begun or "interpreter", "error", text, remedy))
+    return findings
+
+
+async def try_study(
+    found: Map, source: Path, output: Path, *, serving: Serving, bounds: Bounds, log: Path | None = None
+) -> Tried:
+    """Run the MAP once on the files of `source`, as the worker does; `output`, a folder, gets what it writes.
+
+    Raises:
+        ChildFailed: the MAP cannot be imported.
+        Unavailable: it cannot be run here.
+    """
+    runner = MapRunner([found], serving={found.name: serving}, bounds=bounds)
+    with tempfile.TemporaryDirectory(prefix="study-") as folder:
+        study = Study.make(Path(folder, "study"))
+        await asyncio.to_thread(_lay, source, study.input)
+        try:
+            await runner.start(found.name)
+            done = await runner.run(found.name, study)
+        finally:
+            await runner.stop()
+            await asyncio.to_thread(study.mend)
+            if log is not None and (Path(study.folder, "log.txt")).exists():
+                await asyncio.to_thread(shutil.copyfile, study.folder / "log.txt", log)
+        await asyncio.to_thread(shutil.copytree, study.output, output, dirs_exist_ok=True, ignore=_links)
+        files = tuple(path.relative_to(study.output) for path in outputs.files(study.output))
+    return Tried(done, files)
+
+
+async def check_study(
+    found: Map, source: Path, *, serving: Serving, bounds: Bounds, log: Path | None = None
+) -> list[Finding]:
+    """Run the MAP on a study, and check what it writes."""
+    with tempfile.TemporaryDirectory(prefix="golden-") as folder:
+        output = Path(folder, "output")
+        try:
+            tried = await try_study(found, source, output, serving=serving, bounds=bounds, log=log)
+        except ChildFailed as failed:
+            return [Finding("study", "error", f"it does not start: {failed}", "See the findings above.")]
+        except WorkerUnfit as unfit:
+            return [Finding("study", "error", str(unfit), "Run it again.")]
+        except Unavailable as reason:
+            return [Finding("study", "error", str(reason), "See the findings above.")]
+        done = tried.run
+        if done.outcome != "ran":
+            text, remedy = OUTCOMES[done.outcome]
+            told = " ".join(part for part in (done.error_type, done.where) if part)
+            deadline_s = serving.deadline_s or found.needs.timeout_s or bounds.deadline_s
+            return [Finding("study", "error", text.format(told=told, deadline=deadline_s), remedy)]
+        ran = Finding(
+            "study", "ok", f"ran in {done.duration_s:.1f} s on {done.device}, {_size(done.rss_bytes)} resident"
+        )
+        return [ran, *await asyncio.to_thread(_check_output, output, source)]
+
+
+def _check_output(output: Path, source: Path) -> list[Finding]:
+    sources = [path for path in _files_of(source) if outputs.claims_dicom(path)]
+    others = outputs.other_files(output)
+    told = ", ".join(sorted({one.media_type for one in others}))
+    try:
+        made = outputs.check(output, sources)
+    except OutputRefused as refused:
+        if refused.reason_code == "no_output" and others:
+            text = f"wrote {len(others)} files ({told}), and no DICOM"
+            return [Finding("outputs", "warning", text, "Say `outputs: {}` in maps.yaml, and they stay in results/.")]
+        text, remedy = REFUSED[refused.reason_code]
+        return [Finding("outputs", "error", text.format(where=refused.where or "see the log"), remedy)]
+    modalities = ", ".join(sorted({one.modality or "no Modality" for one in made}))
+    more = f", and {len(others)} other files ({told})" if others else ""
+    return [Finding("outputs", "ok", f"{len(made)} DICOM instances ({modalities}) with the study's attributes{more}")]
+
+
+def _answers(found: Map, work: Path, *, gpu: bool) -> tuple[dict[str, Answer | None], int, str]:
+    """Return what the probe told of each step, None for one that it did not end, its exit code and its last line."""
+    asked = [found.application, found.models or ""]
+    name = f"radqueue-{uuid.uuid4().hex}"
+    if found.image is None:
+        argv = [found.python, "-c", START, str(ROOT), *asked]
+        environment: Mapping[str, str] = found.own_environment
+    else:
+        mounts = [Mount(ROOT / file, f"{CONTAINER_ROOT}/{file}") for file in (*HOST_FILES, PROBE)]
+        argv = found.image.engine.run_command(
+            found.image.id,
+            [found.python, "-c", START, CONTAINER_ROOT, *asked],
+            name=name,
+            mounts=mounts,
+            environment=found.own_environment,
+            needs=found.needs,
+            gpus=("all",) if gpu else (),
+        )
+        environment = {}
+    try:
+        done = run(argv, check=False, timeout_s=PROBE_S, environ=environment, folder=work)
+    except OSError as error:
+        return {}, -1, f"{type(error).__name__}: {found.python}"
+    except EngineFailed as failed:
+        if found.image is not None:
+            found.image.engine.remove(name)
+        return {}, -1, str(failed)
+    answers: dict[str, Answer | None] = {}
+    for line in done.stdout.decode(errors="replace").splitlines():
+        answer = json.loads(line)
+        answers[answer.get("begin") or answer["end"]] = answer if "end" in answer else None
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return answers, done.returncode, lines[-1] if lines else ""
+
+
+def _read_interpreter(answer: Answer, _: Map) -> Iterator[Finding]:
+    packages = ", ".join(f"{name} {version}" for name, version in answer["packages"].items())
+    told = f"Python {answer['python']} ({answer['path']}): {packages or 'none of the usual packages'}"
+    yield Finding("interpreter", "ok", told)
+    if "monai-deploy-app-sdk" not in answer["packages"]:
+        remedy = "Name the interpreter that has it with --python (`python:` in maps.yaml), or build it into the image."
+        yield Finding("interpreter", "error", "the MONAI Deploy App SDK is not installed there", remedy)
+
+
+def _read_requirements(answer: Answer, found: Map) -> Iterator[Finding]:
+    remedy = f"{found.python} -m pip install -r requirements.txt"
+    if answer["missing"]:
+        # What a requirement is for, only the import and a run can tell.
+        yield Finding("requirements", "warning", f"not installed: {', '.join(answer['missing'])}", remedy)
+    if answer["differing"]:
+        yield Finding("requirements", "warning", f"other versions: {', '.join(answer['differing'])}", remedy)
+    if not answer["missing"] and not answer["differing"]:
+        yield Finding("requirements", "ok", "requirements.txt is met")
+
+
+def _read_cuda_runtime(answer: Answer, _: Map) -> Iterator[Finding]:
+    if "error" in answer:
+        remedy = "pip install nvidia-cuda-runtime: the SDK's core is linked to it, also where there is no GPU."
+        yield Finding("libcudart", "error", f"libcudart.so.13 cannot be loaded ({answer['error']})", remedy)
+    else:
+        yield Finding("libcudart", "ok", answer["path"])
+
+
+def _read_application(answer: Answer, _: Map) -> Iterator[Finding]:
+    if "error" in answer:
+        remedy = "Mend what the line says, or install what is missing."
+        yield Finding("application", "error", f"{answer['error']} ({answer['where']})", remedy)
+    else:
+        yield Finding("application", "ok", f"imports, and defines {answer['name']}")
+
+
+def _read_gpu(answer: Answer, _: Map) -> Iterator[Finding]:
+    told = ", ".join(f"{one['name']}, {_size(one['free_bytes'])} free" for one in answer.get("devices", ()))
+    if told:
+        yield Finding("gpu", "ok", f"its torch uses {told}")
+    else:
+        remedy = "It computes on the processor. Install a torch that is built for CUDA, if there is a GPU."
+        yield Finding("gpu", "warning", "its torch uses no GPU", remedy)
+
+
+def _read_models(answer: Answer, found: Map) -> Iterator[Finding]:
+    if "error" in answer:
+        remedy = "One folder per model under the models folder, with the model's one file in it."
+        yield Finding("models", "error", f"{answer['error']} ({answer['where']})", remedy)
+        return
+    if answer.get("unknown"):
+        remedy = "Export it as TorchScript, a folder per model; or the application loads it by itself."
+        yield Finding("models", "warning", f"the SDK knows no model in {found.models}", remedy)
+    for model in answer["models"]:
+        if "Triton" in model["kind"]:
+            remedy = "TRITON_SERVER_NETLOC names its server. A container has no network: serve such a MAP as a folder."
+            yield Finding("models", "warning", f"{model['name']} is served by Triton, elsewhere", remedy)
+        elif "error" in model:
+            remedy = (
+                "Export it again with the torch that the interpreter has; a bundle is a .ts file of `monai.bundle`."
+            )
+            yield Finding("models", "error", f"{model['name']} cannot be loaded: {model['error']}", remedy)
+        else:
+            yield Finding("models", "ok", f"{model['name']} is a {model['kind']}, and loads as {model['loaded']}")
+
+
+READERS: Mapping[str, Callable[[Answer, Map], Iterator[Finding]]] = {
+    "interpreter": _read_interpreter,
+    "requirements": _read_requirements,
+    "cuda_runtime": _read_cuda_runtime,
+    "application": _read_application,
+    "models": _read_models,
+    "gpu": _read_gpu,
+}
+"""Of what the probe answers, by its steps."""
+
+
+def _lay(source: Path, target: Path) -> None:
+    """Copy the files of a study as they lie; a container gets them as its own, so links would change the originals."""
+    if source.is_file():
+        shutil.copyfile(source, target / source.name)
+    else:
+        shutil.copytree(source, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+
+
+def _links(folder: str, names: Sequence[str]) -> set[str]:
+    """Return those of the names that are links: a MAP may have made them, to what is not its own."""
+    return {name for name in names if Path(folder, name).is_symlink()}
+
+
+def _files_of(source: Path) -> list[Path]:
+    return [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+
+
+def _size(n_bytes: int | None) -> str | None:
+    return f"{n_bytes / GIB:.3g} GiB" if n_bytes is not None else None

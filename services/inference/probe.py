@@ -1,0 +1,138 @@
+"""What a MAP's own interpreter has: `preflight` runs this there, on this machine or in the MAP's container.
+
+It prints a JSON document per line, `{"begin": STEP}` before each step and `{"end": STEP, …}` after it: where one of
+them ends the process, what was begun last is to blame. Needs the standard library (of Python 3.9 or later) and
+`services.inference.maphost`, with which it imports the MAP as the worker will.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from services.inference.maphost import CUDA_RUNTIME, cuda_runtime, import_application
+
+PACKAGES = (
+    "monai-deploy-app-sdk",
+    "holoscan-cu13",
+    "holoscan-cu12",
+    "holoscan",
+    "monai",
+    "torch",
+    "pydicom",
+    "highdicom",
+)
+_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)(\[[^]]*\])?\s*(==\s*(?P<version>[\w.!+]+))?")
+
+Step = Callable[[], "dict[str, Any]"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Probe the MAP whose program and models (or an empty text) are named."""
+    program, models = Path(arguments[0]), arguments[1]
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what the MAP prints when it is imported is none of our answers
+    steps: dict[str, Step] = {
+        "interpreter": _interpreter,
+        "requirements": lambda: _requirements(program),
+        "cuda_runtime": _cuda_runtime,
+        "application": lambda: {"name": import_application(program).__name__},
+        "models": lambda: _models(models),
+        "gpu": _gpu,
+    }
+    for name, step in steps.items():
+        _say(answers, {"begin": name})
+        try:
+            found = step()
+        except BaseException as error:  # noqa: BLE001 - SystemExit of a module is an outcome, too
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            found = {"error": f"{type(error).__name__}: {error}", "where": f"{last.filename}:{last.lineno}"}
+        _say(answers, {"end": name, **found})
+
+
+def _say(answers: TextIO, document: dict[str, Any]) -> None:
+    answers.write(json.dumps(document) + "\n")
+    answers.flush()
+
+
+def _interpreter() -> dict[str, Any]:
+    versions = {name: _version(name) for name in PACKAGES}
+    return {
+        "python": sys.version.split()[0],
+        "path": sys.executable,
+        "packages": {name: version for name, version in versions.items() if version is not None},
+    }
+
+
+def _requirements(program: Path) -> dict[str, Any]:
+    """Tell which lines of `requirements.txt` the interpreter does not meet, as far as a name and a pin go."""
+    file = (program if program.is_dir() else program.parent) / "requirements.txt"
+    missing, differing = [], []
+    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
+        said = line.partition("#")[0].partition(";")[0].strip()
+        match = _REQUIREMENT.match(said)
+        if match is None or "://" in said or said.endswith((".whl", ".txt")):
+            continue
+        there = _version(match["name"])
+        if there is None:
+            missing.append(said)
+        elif match["version"] is not None and there.partition("+")[0] != match["version"].partition("+")[0]:
+            differing.append(f"{said} (there is {there})")
+    return {"missing": missing, "differing": differing}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda_runtime() -> dict[str, Any]:
+    library = cuda_runtime()
+    ctypes.CDLL(str(library or CUDA_RUNTIME), mode=ctypes.RTLD_GLOBAL)
+    return {"path": str(library or CUDA_RUNTIME)}
+
+
+def _models(root: str) -> dict[str, Any]:
+    """Load every model as the SDK does at its first use."""
+    if not root or not Path(root).exists():
+        return {"models": []}
+    factory: Any = importlib.import_module("monai.deploy.core.models").ModelFactory
+    made = factory.create(os.path.abspath(root))  # noqa: PTH100 - as the SDK does
+    known = list(made.items()) if made is not None else []
+    if not known:
+        return {"models": [], "unknown": any(path.is_file() for path in Path(root).rglob("*"))}
+    found = []
+    for name, model in known:
+        told = {"name": name, "kind": type(model).__name__}
+        try:
+            loaded = model.predictor
+        except Exception as error:  # noqa: BLE001 - whatever it is that the file does
+            told["error"] = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            )
+        else:
+            told["loaded"] = type(loaded).__name__
+        found.append(told)
+    return {"models": found}
+
+
+def _gpu() -> dict[str, Any]:
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {"devices": []}
+    devices = []
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        devices.append({"name": torch.cuda.get_device_name(number), "free_bytes": free, "total_bytes": total})
+    return {"devices": devices}
