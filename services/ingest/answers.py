@@ -14,6 +14,8 @@ class Instance:
     sha: str
     """Of the data set as it was uploaded, so that the same data set in another wrapping is the same."""
     warnings: Sequence[str]
+    decoder: str = ""
+    """What read its compressed pixels; empty where there are none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import Dataset
-from pydicom.pixels.processing import apply_modality_lut
-from pydicom.pixels.utils import pixel_array
 
 from services.ingest.reading import text_of
 
 Slices = NDArray[np.float32]
-METHOD = 1
+METHOD = 2
 """Raised when arrays come out differently, so that their keys do."""
 PERCENTILE_SAMPLES = 4_000_000
 """Values that percentiles are taken from, spread evenly over the series: memory stays bounded."""
 NO_PICTURE = {"SEG", "RTDOSE", "RTSTRUCT", "PR", "SR", "KO", "DOC", "REG", "FID"}
 """Modalities whose pixels, if any, are no picture."""
 CONFIG_HASH_LENGTH = 16
+BLANK_RANGE = 0.02
+"""A slice whose lightest and darkest parts are nearer to each other than a hundredth of the window shows nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,10 @@ class ArrayConfig:
     window: tuple[float, float] | None
     """Modality values that become -1 and 1; None: the percentiles of the series."""
     percentiles: tuple[float, float]
+    leave_out: tuple[str, ...] = ()
+    """Names of rules: `blank`, `localizer`."""
+    screened: str = ""
+    """Of a de-identified dataset a hash of the rules that blank regions: what may show who it is, is left out."""
 
     def described(self) -> dict[str, object]:
         """Return the configuration as the sidecar tells it."""
@@ -61,31 +65,6 @@ def is_grey(dataset: Dataset) -> bool:
     return text_of(dataset, "PhotometricInterpretation") in {"MONOCHROME1", "MONOCHROME2"}
 
 
-def modality_values(dataset: Dataset) -> Iterator[Slices]:
-    """Yield each frame `(rows, columns) float32` in modality units (HU in CT), PS3.3 C.11.1.
-
-    The rescale may stand in the instance, as a lookup table, or, in enhanced objects, in the functional groups of all
-    frames or of each.
-    """
-    stored = pixel_array(dataset)
-    frames = stored if int(dataset.get("NumberOfFrames") or 1) > 1 else stored[np.newaxis]
-    for index, frame in enumerate(frames):
-        transformation = functional_group(dataset, index, "PixelValueTransformationSequence")
-        source = transformation if transformation is not None else dataset
-        yield np.asarray(apply_modality_lut(frame, source), np.float32)
-
-
-def functional_group(dataset: Dataset, frame: int, keyword: str) -> Dataset | None:
-    """Return an item of the functional groups of one frame, or of all frames; None where there is none."""
-    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    shared = dataset.get("SharedFunctionalGroupsSequence") or []
-    for groups in [*per_frame[frame : frame + 1], *shared[:1]]:
-        if groups.get(keyword):
-            item: Dataset = groups[keyword][0]
-            return item
-    return None
-
-
 def window_of(frames: Callable[[], Iterator[Slices]], n_pixels: int, config: ArrayConfig) -> tuple[float, float]:
     """Return the modality values that become -1 and 1; `frames` is called once, if percentiles are asked for."""
     if config.window is not None:
@@ -102,7 +81,7 @@ def window_of(frames: Callable[[], Iterator[Slices]], n_pixels: int, config: Arr
 def shrink(
     frame: Slices, window: tuple[float, float], size: int, pixel_spacing: Sequence[float] | None, *, inverted: bool
 ) -> Slices:
-    """Map one frame to [-1, 1] and resize it to `(size, size)`, its longer side fitting, centred on -1.
+    """Map one frame to [-1, 1] and resize it so that its longer side, in millimetres, has `size` pixels.
 
     `pixel_spacing` is mm between rows, mm between columns; `inverted` says that low values are bright (MONOCHROME1).
     """
@@ -116,7 +95,18 @@ def shrink(
     fitted = (max(1, round(width * scale)), max(1, round(height * scale)))
     # Pillow widens its kernel by the scale when it shrinks, so nothing aliases.
     resized = np.asarray(Image.fromarray(unit).resize(fitted, Image.Resampling.BICUBIC))
+    clipped: Slices = np.clip(resized, -1, 1)
+    return clipped
+
+
+def is_blank(picture: Slices) -> bool:
+    """Tell whether a shrunk frame shows nothing."""
+    return float(np.ptp(picture)) < BLANK_RANGE
+
+
+def centred(picture: Slices, size: int) -> Slices:
+    """Put a shrunk frame into the middle of `(size, size)`, on -1."""
     canvas = np.full((size, size), -1, np.float32)
-    top, left = (size - fitted[1]) // 2, (size - fitted[0]) // 2
-    canvas[top : top + fitted[1], left : left + fitted[0]] = np.clip(resized, -1, 1)
+    top, left = (size - picture.shape[0]) // 2, (size - picture.shape[1]) // 2
+    canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return canvas

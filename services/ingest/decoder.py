@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from services.ingest.answers import Instance, Member
+from services.ingest.datasets import Deidentification
 from services.ingest.settings import IngestSettings
 from shared.child import Child, ChildFailed, Json, Limits
 from shared.errors import Unavailable, Unprocessable
@@ -20,6 +21,8 @@ REASON_OF_FAILURE = {
     "raised": "unreadable",
 }
 """Code of `ChildFailed` to code of `reasons.REASONS`."""
+CALLS_OF_A_CHILD = 2000
+"""After so many a child is replaced: what its libraries do not give back never adds up to its limit."""
 
 
 class Rejected(Exception):  # noqa: N818 - it states what became of a file
@@ -49,7 +52,7 @@ class Decoder:
         await asyncio.gather(self._files.stop(), self._series.stop())
 
     async def unpack(self, archive: Path, folder: Path) -> list[Member] | None:
-        """Unpack a zip into `folder`; None where `archive` is none. Raises `Rejected`."""
+        """Unpack a zip or a tar into `folder`; None where `archive` is none. Raises `Rejected`."""
         settings = self._settings
         caps = {
             "entries": settings.max_zip_entries,
@@ -62,15 +65,25 @@ class Decoder:
             return None
         return [Member(**member) for member in members]
 
-    async def normalise(self, path: Path, out: Path) -> Instance:
-        """Read the DICOM file `path`, and write the normalised instance to `out`. Raises `Rejected`."""
+    async def normalise(self, path: Path, out: Path, rules: Deidentification | None = None) -> Instance:
+        """Read the DICOM file `path`, and write the normalised instance to `out`. Raises `Rejected`.
+
+        With `rules` it is de-identified before it is written, and what is returned tells nothing else.
+        """
         settings = self._settings
         caps = {
             "inflated": settings.max_inflated_bytes,
             "pixels": settings.max_pixel_bytes,
             "frames": settings.max_frames,
         }
-        request = {"op": "normalise", "path": str(path), "out": str(out), "caps": caps}
+        request = {
+            "op": "normalise",
+            "path": str(path),
+            "out": str(out),
+            "caps": caps,
+            "deidentify": rules and rules.model_dump(mode="json"),
+            "secret": settings.patient_secret.get_secret_value() if rules else "",
+        }
         return Instance(**await self._file_call(request))
 
     async def series_call(self, request: Json) -> Any:
@@ -88,7 +101,12 @@ class Decoder:
                 # What the machine did to the child, a full disk for instance, says nothing about the file.
                 if failed.error_type == "OSError":
                     raise Unavailable("this machine: OSError in a decoder") from None
-                if failed.error_type != "SIGKILL" or not again:
+                # Nor does memory that other files left behind.
+                short_of_memory = failed.reason_code == "out_of_memory"
+                crowded = short_of_memory and child.calls > 1
+                if short_of_memory:
+                    await child.stop(kill=True)
+                if not again or not (crowded or failed.error_type == "SIGKILL"):
                     raise Rejected(REASON_OF_FAILURE[failed.reason_code], failed.where) from None
         return await self._file_call(request, again=False)
 
@@ -112,6 +130,8 @@ class _Children:
         """Wait for a child that is free."""
         child = await self._free.get()
         try:
+            if child.calls >= CALLS_OF_A_CHILD:
+                await child.stop(kill=True)
             yield child
         finally:
             self._free.put_nowait(child)

@@ -23,6 +23,10 @@ from shared.objects import ObjectMissing
 
 INCOMING = "incoming"
 DEFAULT_DATASET = "default"
+COMPLETE = "_COMPLETE"
+"""Name of the object that says of its folder: nothing more comes."""
+Announce = Callable[..., Awaitable[None]]
+"""`settle` or `expect_settling`."""
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 log = get_logger()
 
@@ -62,16 +66,68 @@ async def _take_upload(created: CreatedObject, ports: Ports) -> None:
     if prefix != INCOMING:
         log.info("upload.ignored", why="prefix", key_sha256=key_sha256)
         return
+    folder, _, name = created.key.rpartition("/")
+    if name == COMPLETE:
+        await _take_folder(created, folder, ports)
+        return
+
+    # Check and store.
+    stored, is_closed = await _take_object(created, ports)
+    ports.lag.note(ports.clock(), created.time)
+
+    # Announce. An archive is a closed set; anything else waits for what may still come.
+    await _announce(stored, settle if is_closed else expect_settling, rest, ports)
+
+
+async def _take_folder(marker: CreatedObject, folder: str, ports: Ports) -> None:
+    """Take all that lies below a folder as one closed set, as if it were an archive: `_COMPLETE` says that it is.
+
+    What was taken before is found stored, and what still waits in the queue is taken now: no part of a series is
+    announced for the whole because of a notification that is late.
+    """
+    dataset, _, rest = folder.removeprefix(f"{INCOMING}/").partition("/")
+    if not rest:
+        log.info("upload.ignored", why="complete_dataset", key_sha256=sha256_of(marker.key))
+        return
+    objects = [
+        CreatedObject(bucket=marker.bucket, key=item.key, time=item.last_modified)
+        async for item in ports.objects.list(f"{folder}/")
+        if not item.key.endswith(f"/{COMPLETE}")
+    ]
+
+    async def take(created: CreatedObject) -> list[Instance | None]:
+        try:
+            return (await _take_object(created, ports))[0]
+        except Unprocessable:  # deleted since it was listed
+            return []
+
+    taken = await all_of([partial(take, created) for created in objects], at_once=ports.settings.decoders)
+    await _announce([instance for stored in taken for instance in stored], settle, f"{dataset}/", ports)
+    log.info("folder.complete", dataset=dataset, objects=len(objects))
+
+
+async def _announce(stored: Sequence[Instance | None], announce: Announce, rest: str, ports: Ports) -> None:
+    dataset = _dataset_of(rest) or DEFAULT_DATASET
+    series = sorted({(item.study_uid, item.series_uid) for item in stored if item is not None})
+    await _one_by_one([partial(announce, dataset, *uids, ports=ports) for uids in series])
+
+
+async def _take_object(created: CreatedObject, ports: Ports) -> tuple[list[Instance | None], bool]:
+    """Store the instances of one object; return them, and whether the object is a closed set.
+
+    Raises:
+        Unprocessable: `object_gone`.
+    """
     with _object_gone():
         size = await ports.objects.size(created.key)
     if created.key.endswith("/") and size == 0:
-        log.info("upload.ignored", why="directory_marker", key_sha256=key_sha256)
-        return
-    dataset = _dataset_of(rest)
+        log.info("upload.ignored", why="directory_marker", key_sha256=sha256_of(created.key))
+        return [], False
+    dataset = _dataset_of(created.key.partition("/")[2])
 
     if size > ports.settings.max_upload_bytes:
         await _reject(created, dataset or DEFAULT_DATASET, Rejected("too_large"), None, ports)
-        return
+        return [], False
 
     async with temporary_folder("radqueue-ingest-") as folder:
         # Fetch.
@@ -82,24 +138,16 @@ async def _take_upload(created: CreatedObject, ports: Ports) -> None:
         # Check and store.
         if dataset is None:
             await _reject(created, DEFAULT_DATASET, Rejected("bad_dataset_name"), upload, ports)
-            return
+            return [], False
         (folder / "members").mkdir()
         try:
             members = await ports.decoder.unpack(upload, folder / "members")
         except Rejected as rejected:
             await _reject(created, dataset, rejected, upload, ports)
-            return
+            return [], False
         if members is None:
-            stored = [await _take_file(created, dataset, upload, ports)]
-        else:
-            stored = await _take_members(created, dataset, upload, members, ports)
-
-    ports.lag.note(ports.clock(), created.time)
-
-    # Announce. A zip is a closed set; anything else waits for what may still come.
-    announce = expect_settling if members is None else settle
-    series = sorted({(item.study_uid, item.series_uid) for item in stored if item is not None})
-    await _one_by_one([partial(announce, dataset, *uids, ports=ports) for uids in series])
+            return [await _take_file(created, dataset, upload, ports)], False
+        return await _take_members(created, dataset, upload, members, ports), True
 
 
 @contextmanager
@@ -124,10 +172,10 @@ def _dataset_of(rest: str) -> str | None:
 async def _take_members(
     created: CreatedObject, dataset: str, upload: Path, members: Sequence[Member], ports: Ports
 ) -> list[Instance | None]:
-    """Take the files of a zip, as many at a time as there are decoders."""
+    """Take the files of an archive, as many at a time as there are decoders."""
     unpacked = [Path(member.path) for member in members if member.path is not None]
     withheld = [member for member in members if member.reason_code is not None]
-    if withheld:  # there are no bytes of theirs to keep: the zip itself goes into quarantine
+    if withheld:  # there are no bytes of theirs to keep: the archive itself goes into quarantine
         place = " ".join(f"{member.number}:{member.reason_code}" for member in withheld[:20])
         await _reject(created, dataset, Rejected(withheld[0].reason_code or "", place), upload, ports)
     elif not unpacked:
@@ -140,7 +188,8 @@ async def _take_file(created: CreatedObject, dataset: str, path: Path, ports: Po
     """Store one DICOM file, or put it into quarantine and return None."""
     normalised = path.with_name(path.name + ".dcm")
     try:
-        instance = await ports.decoder.normalise(path, normalised)
+        rules = ports.datasets.of(dataset).deidentify
+        instance = await ports.decoder.normalise(path, normalised, rules if rules and rules.studies else None)
         await _store(instance, normalised, ports)
     except Rejected as rejected:
         await _reject(created, dataset, rejected, path, ports)

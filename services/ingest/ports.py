@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from services.ingest.datasets import Datasets
 from services.ingest.decoder import Decoder
 from services.ingest.settings import IngestSettings
 from shared.concurrency import KeyedLocks
@@ -46,6 +47,7 @@ class Ports:
     settings: IngestSettings
     clock: Callable[[], datetime]
     """Now, with a time zone."""
+    datasets: Datasets = field(default_factory=Datasets)
     lag: Lag = field(default_factory=Lag)
     settling: KeyedLocks = field(default_factory=KeyedLocks)
     """Of series: two settlings of one series in this process wait for each other."""

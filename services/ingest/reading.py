@@ -14,8 +14,9 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from pydicom import DataElement, Dataset
-from pydicom.charset import convert_encodings, default_encoding
+from pydicom.charset import convert_encodings, default_encoding, python_encoding
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileMetaDataset
@@ -38,6 +39,7 @@ from shared.errors import Unprocessable
 PREAMBLE_BYTES = 128
 MAGIC = b"DICM"
 UNDEFINED = 0xFFFFFFFF
+PIXEL_DATA = 0x7FE00010
 NATIVE = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian}
 DICOMDIR = "1.2.840.10008.1.3.10"
 VRS = set(
@@ -50,6 +52,11 @@ OTHER_PIXELS = ("FloatPixelData", "DoubleFloatPixelData", "PixelDataProviderURL"
 TEXTS = {"AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"}
 BYTES = {"OB", "OD", "OF", "OL", "OV", "OW", "UN"}
 WORD_BYTES = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
+NUMBER_BYTES = {"AT": 4, "FD": 8, "FL": 4, "SL": 4, "SS": 2, "SV": 8, "UL": 4, "US": 2, "UV": 8}
+GREY = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
+COLOUR = ("RGB", "HSV", "XYB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "YBR_RCT")
+SAMPLES = dict.fromkeys(GREY, 1) | dict.fromkeys(COLOUR, 3) | dict.fromkeys(("ARGB", "CMYK"), 4)
+"""Samples per pixel by photometric interpretation (PS3.3 C.7.6.3.1.2), those that are retired too."""
 
 SOP_CLASS_OF_MODALITY = {
     "CT": "1.2.840.10008.5.1.4.1.1.2",
@@ -114,21 +121,22 @@ def normalise(upload: bytes, caps: Caps) -> tuple[Instance, bytes]:
         raise Unprocessable("dicomdir")
     sop_class_uid = _sop_class(dataset, meta, notes)
     study_uid, series_uid, sop_instance_uid = _uids(dataset, meta, notes)
-    if syntax and syntax not in NATIVE and syntax not in frames.SUPPORTED:
+    if syntax and syntax not in NATIVE and syntax not in frames.CODECS:
         raise Unprocessable("unsupported_transfer_syntax")
 
     # Normalise.
     implicit, little = dataset.original_encoding
-    if implicit or not little:
+    if implicit or not little or _mend(dataset, notes):
         with contextlib.suppress(Exception):  # what stays ambiguous cannot be written, and is refused then
             correct_ambiguous_vr(dataset, little is not False)
         _convert(dataset, notes, big_endian=not little)
+    decoder = ""
     if "PixelData" in dataset:
-        _pixels(dataset, syntax, caps, notes)
+        decoder = _pixels(dataset, syntax, caps, notes)
     elif _wants_pixels(dataset, sop_class_uid):  # a file may end between two elements
         raise Unprocessable("missing_pixel_data")
-    body = _part_10(dataset, sop_class_uid, sop_instance_uid, notes)
-    return Instance(study_uid, series_uid, sop_instance_uid, sha, tuple(sorted(notes))), body
+    body = part_10(dataset, sop_class_uid, sop_instance_uid, notes)
+    return Instance(study_uid, series_uid, sop_instance_uid, sha, tuple(sorted(notes)), decoder), body
 
 
 def _split(upload: bytes) -> tuple[Dataset, bytes, set[str]]:
@@ -178,7 +186,6 @@ def _parse(body: bytes, syntax: str, notes: set[str]) -> Dataset:
     stream = io.BytesIO(body)
     delimiter = b"\xfe\xff\xdd\xe0" if little else b"\xff\xfe\xe0\xdd"
     elements = {}
-    encoding: str | list[str] = default_encoding
     try:
         for element in data_element_generator(stream, implicit, little):
             if element.tag.group == 0:  # nothing of the kind belongs into a file: zeros behind the data set
@@ -196,12 +203,21 @@ def _parse(body: bytes, syntax: str, notes: set[str]) -> Dataset:
     if left or not elements:
         raise Unprocessable("truncated")
     dataset = Dataset(elements)
-    try:
-        encoding = convert_encodings(dataset.get("SpecificCharacterSet", default_encoding) or default_encoding)
-    except LookupError:
-        encoding = default_encoding
-    dataset.set_original_encoding(implicit, little, encoding)
+    dataset.set_original_encoding(implicit, little, _character_set(dataset, notes))
     return dataset
+
+
+def _character_set(dataset: Dataset, notes: set[str]) -> str | list[str]:
+    """Return the encodings of its texts, in pydicom's terms: had they another type, all texts would be decoded."""
+    named = dataset.get("SpecificCharacterSet")
+    if not named:
+        return default_encoding
+    if any(name and name not in python_encoding for name in ([named] if isinstance(named, str) else named)):
+        notes.add("charset_unknown")
+    try:
+        return convert_encodings(named)
+    except LookupError:
+        return default_encoding
 
 
 def _check_length(element: object, body: bytes, at: int, delimiter: bytes) -> None:
@@ -277,22 +293,42 @@ def _sop_class(dataset: Dataset, meta: Dataset, notes: set[str]) -> str:
     return uid
 
 
+def _mend(dataset: Dataset, notes: set[str]) -> bool:
+    """Keep the bytes of what no reader could convert; tell whether there are elements without VR in explicit data."""
+    mixed = False
+    for tag in list(dataset.keys()):
+        element = dataset.get_item(tag, keep_deferred=True)
+        if not isinstance(element, RawDataElement):
+            for item in element.value if element is not None and element.VR == "SQ" else ():
+                mixed |= _mend(item, notes)
+        elif element.VR is None:
+            notes.add("vr_mismatch")
+            mixed = True
+        elif element.VR.encode() not in VRS or len(element.value or b"") % NUMBER_BYTES.get(element.VR, 1):
+            dataset[tag] = _kept(element, notes)
+    return mixed
+
+
+def _kept(element: object, notes: set[str]) -> DataElement:
+    """Return the element with its bytes for a value: as OB, since readers give UN the VR of its tag, and stumble."""
+    notes.add("element_unreadable")
+    value = getattr(element, "value", None)
+    return DataElement(getattr(element, "tag", 0), "OB", value if isinstance(value, bytes) else b"")
+
+
 def _convert(dataset: Dataset, notes: set[str], *, big_endian: bool) -> None:
     """Re-encode every element in place as Explicit VR Little Endian.
 
     Texts keep their bytes, whatever character set they are in: a name decoded wrongly would be lost for good.
     """
     for tag in list(dataset.keys()):
-        raw = dataset.get_item(tag)
+        raw = dataset.get_item(tag, keep_deferred=True)
         try:
             element = dataset[tag]
         except Exception:  # noqa: BLE001 - pydicom raises what the value makes it raise
             element = None
         if element is None or (isinstance(element.value, bytes) and element.VR[:2] not in BYTES):
-            kept = DataElement(tag, "OB", getattr(raw, "value", b"") or b"")
-            kept.VR = "UN"  # made as UN, it would be given the VR of its tag
-            dataset[tag] = kept
-            notes.add("element_unreadable")
+            dataset[tag] = _kept(raw, notes)
             continue
         if element.VR == "SQ":
             for item in element.value:
@@ -317,24 +353,34 @@ def _swapped(value: bytes, width: int) -> bytes:
     return bytes(swapped)
 
 
-def _expected(dataset: Dataset) -> tuple[frames.Expected, int]:
-    """Return what the image pixel module says, and the number of frames (PS3.3 C.7.6.3)."""
+def _expected(dataset: Dataset, notes: set[str]) -> tuple[frames.Expected, int]:
+    """Return what the image pixel module says, and the number of frames (PS3.3 C.7.6.3); what it leaves out is added.
+
+    An image is grey, unsigned and fills its bits where nothing else is said.
+    """
     try:
         n_frames = int(dataset.get("NumberOfFrames") or 1)
+        samples = int(_completed(dataset, "SamplesPerPixel", 1, notes))
+        bits_allocated = int(dataset.BitsAllocated)
+        bits_stored = int(_completed(dataset, "BitsStored", bits_allocated, notes))
+        _completed(dataset, "HighBit", bits_stored - 1, notes)
+        photometric = "MONOCHROME2" if samples == 1 else ""
         expected = frames.Expected(
             rows=int(dataset.Rows),
             columns=int(dataset.Columns),
-            samples=int(dataset.get("SamplesPerPixel") or 1),
-            bits_allocated=int(dataset.BitsAllocated),
-            bits_stored=int(dataset.get("BitsStored") or dataset.BitsAllocated),
-            signed=bool(dataset.get("PixelRepresentation") or 0),
-            photometric=text_of(dataset, "PhotometricInterpretation"),
+            samples=samples,
+            bits_allocated=bits_allocated,
+            bits_stored=bits_stored,
+            signed=(False, True)[int(_completed(dataset, "PixelRepresentation", 0, notes))],
+            photometric=str(_completed(dataset, "PhotometricInterpretation", photometric, notes)).strip(" \0"),
+            planar=samples > 1 and (False, True)[int(_completed(dataset, "PlanarConfiguration", 0, notes))],
         )
     except Exception:  # noqa: BLE001 - missing, empty, or no number
         raise Unprocessable("bad_image_header") from None
     plausible = (
         min(n_frames, expected.rows, expected.columns) >= 1
-        and expected.samples in {1, 3, 4}
+        and SAMPLES.get(expected.photometric) == expected.samples
+        and not (expected.signed and expected.samples > 1)
         and expected.bits_allocated in {1, 8, 16, 32, 64}
         and 1 <= expected.bits_stored <= expected.bits_allocated
     )
@@ -343,38 +389,90 @@ def _expected(dataset: Dataset) -> tuple[frames.Expected, int]:
     return expected, n_frames
 
 
+def _completed(dataset: Dataset, keyword: str, default: int | str, notes: set[str]) -> int | str:
+    """Return an element's value; where it has none, the default becomes its value."""
+    value: int | str | None = dataset.get(keyword)
+    if value is not None and value != "":
+        return value
+    setattr(dataset, keyword, default)
+    notes.add("image_header_completed")
+    return default
+
+
 def _wants_pixels(dataset: Dataset, sop_class_uid: str) -> bool:
     """Tell whether an instance without PixelData misses it."""
     is_image = "BitsAllocated" in dataset or "Image Storage" in UID(sop_class_uid).name
     return is_image and not any(keyword in dataset for keyword in OTHER_PIXELS)
 
 
-def _pixels(dataset: Dataset, syntax: str, caps: Caps, notes: set[str]) -> None:
-    """Check native pixel data, or decompress encapsulated pixel data, in place."""
-    expected, n_frames = _expected(dataset)
-    n_bits = expected.rows * expected.columns * expected.samples * expected.bits_allocated * n_frames
-    if n_bits // 8 > caps.pixels or n_frames > caps.frames:
-        raise Unprocessable("too_large")
+def _pixels(dataset: Dataset, syntax: str, caps: Caps, notes: set[str]) -> str:
+    """Check native pixel data, or decompress encapsulated pixel data, in place; return what decoded it."""
+    expected, n_frames = _expected(dataset, notes)
+    n_samples = expected.rows * expected.columns * expected.samples * n_frames
     raw = dataset.get_item("PixelData")
     encapsulated = getattr(raw, "length", None) == UNDEFINED or getattr(raw, "is_undefined_length", False)
-    value = raw.value if raw is not None else None
+    # A decoder spends a byte on a bit.
+    bits = max(expected.bits_allocated, 8) if encapsulated else expected.bits_allocated
+    if n_samples * bits // 8 > caps.pixels or n_frames > caps.frames:
+        raise Unprocessable("too_large")
+    value = bytes(raw.value or b"") if raw is not None else b""
     if not encapsulated:
-        if syntax and syntax not in NATIVE:
-            raise Unprocessable("frame_damaged")
-        needed = (n_bits + 7) // 8
-        if expected.photometric == "YBR_FULL_422":
-            needed = needed * 2 // 3
-        found = len(value or b"")
-        if found < needed:
-            raise Unprocessable("truncated")
-        if found > needed + needed % 2:
-            notes.add("excess_pixel_data")
-        return
-    if syntax not in frames.SUPPORTED:
+        value = _checked(dataset, value, (expected, n_frames), syntax, notes)
+        _align(dataset, value, expected, notes)
+        return ""
+    if syntax not in frames.CODECS:
         raise Unprocessable("unsupported_transfer_syntax")
-    if expected.bits_allocated not in {8, 16, 32}:
+    if expected.bits_allocated not in {1, 8, 16, 32} or expected.samples not in {1, frames.COLOUR}:
         raise Unprocessable("bad_image_header")
-    _decompress(dataset, bytes(value or b""), syntax, (expected, n_frames), notes)
+    _decompress(dataset, value, syntax, (expected, n_frames), notes)
+    return frames.CODECS[syntax].decoder
+
+
+def _checked(dataset: Dataset, value: bytes, told: tuple[frames.Expected, int], syntax: str, notes: set[str]) -> bytes:
+    """Hold native pixel data against the header; what is left over is dropped, unless it could be another frame."""
+    expected, n_frames = told
+    bits = expected.rows * expected.columns * expected.samples * expected.bits_allocated
+    if expected.photometric == "YBR_FULL_422":  # two pixels share their colour (PS3.3 C.7.6.3.1.2)
+        bits = bits * 2 // 3
+    needed = (n_frames * bits + 7) // 8
+    padded = needed + needed % 2
+    if syntax and syntax not in NATIVE:
+        if len(value) not in {needed, padded}:
+            raise Unprocessable("frame_damaged")
+        notes.add("vr_mismatch")  # decompressed by somebody who left the transfer syntax as it was
+    if len(value) < needed:
+        raise Unprocessable("truncated")
+    if len(value) <= padded:
+        return value
+    if len(value) * 8 >= (n_frames + 1) * bits or expected.photometric == "YBR_FULL_422":
+        raise Unprocessable("frame_count")
+    notes.add("excess_pixel_data")
+    value = value[:needed] + b"\0" * (needed % 2)
+    dataset["PixelData"] = DataElement(PIXEL_DATA, dataset["PixelData"].VR, value)
+    return value
+
+
+def _align(dataset: Dataset, value: bytes, expected: frames.Expected, notes: set[str]) -> None:
+    """Put samples that do not begin at the lowest bit there: readers have stopped looking at HighBit (PS3.5 8.1.1).
+
+    Often it is the header that is wrong, and the values show it: they fit into BitsStored as they are.
+    """
+    unused = expected.bits_stored - 1
+    high_bit = dataset.HighBit
+    if high_bit == unused or expected.bits_allocated == 1:
+        return
+    if not isinstance(high_bit, int) or not unused < high_bit < expected.bits_allocated:
+        dataset.HighBit = unused
+        notes.add("high_bit_corrected")
+        return
+    samples = np.frombuffer(value[: len(value) - len(value) % expected.dtype.itemsize], expected.dtype)
+    low, high = int(samples.min()), int(samples.max())
+    top = 1 << (expected.bits_stored - expected.signed)
+    if not (-top if expected.signed else 0) <= low <= high < top:
+        shifted = (samples >> (high_bit - unused)).astype(expected.dtype)
+        dataset["PixelData"] = DataElement(PIXEL_DATA, dataset["PixelData"].VR, shifted.tobytes())
+    dataset.HighBit = unused
+    notes.add("high_bit_corrected")
 
 
 def _decompress(
@@ -382,36 +480,45 @@ def _decompress(
 ) -> None:
     """Replace encapsulated pixel data by native, and say in the header what decoding changed (PS3.5 section 8.2)."""
     expected, n_frames = told
-    pixels, lossy, photometric = bytearray(), False, expected.photometric
-    n_decoded = precision = needed_bits = 0
-    for codestream in _codestreams(encapsulated, n_frames):
+    pixels, first, lossy, needed_bits = bytearray(), None, False, 0
+    for n_decoded, codestream in enumerate(_codestreams(encapsulated, n_frames)):
         if n_decoded == n_frames:
-            notes.add("excess_pixel_data")
-            break
+            raise Unprocessable("frame_count")
         frame = frames.decode(codestream, syntax, expected)
         pixels += frame.samples.tobytes()
-        precision, lossy = max(precision, frame.precision), lossy or frame.lossy
-        photometric = frame.photometric
+        first, lossy = first or frame, lossy or frame.lossy
         needed_bits = max(needed_bits, _bits_needed(frame, expected))
-        n_decoded += 1
-    if n_decoded < n_frames:
+    if first is None or len(pixels) < n_frames * first.samples.nbytes:
         raise Unprocessable("frame_count")
-    if needed_bits > expected.bits_stored:
-        notes.add("bits_stored_corrected")
-        dataset.BitsStored, dataset.HighBit = precision, precision - 1
-    dataset.PhotometricInterpretation = photometric
+    dataset.PhotometricInterpretation = first.photometric
+    _correct_bits(dataset, max(needed_bits, expected.bits_stored), notes)
     if expected.samples > 1:
         dataset.PlanarConfiguration = 0
+    if expected.bits_allocated == 1:  # the frames follow one another without a gap (PS3.5 section 8.1.1)
+        pixels = bytearray(np.packbits(np.frombuffer(pixels, np.uint8), bitorder="little").tobytes())
     if lossy:
         _mark_lossy(dataset, syntax, len(pixels) / max(len(encapsulated), 1))
+    _drop_what_was_compressed(dataset, notes)
+    pixels += b"\0" * (len(pixels) % 2)
+    dataset["PixelData"] = DataElement(PIXEL_DATA, "OB" if expected.bits_allocated <= 8 else "OW", bytes(pixels))  # noqa: PLR2004
+
+
+def _correct_bits(dataset: Dataset, bits_stored: int, notes: set[str]) -> None:
+    """Say how many bits the values take; decoders put the lowest one first."""
+    if dataset.BitsStored != bits_stored:
+        notes.add("bits_stored_corrected")
+    elif dataset.HighBit != bits_stored - 1:
+        notes.add("high_bit_corrected")
+    dataset.BitsStored, dataset.HighBit = bits_stored, bits_stored - 1
+
+
+def _drop_what_was_compressed(dataset: Dataset, notes: set[str]) -> None:
     for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
         if keyword in dataset:
             delattr(dataset, keyword)
     if _has_compressed_icon(dataset):
         del dataset.IconImageSequence
         notes.add("icon_removed")
-    pixels += b"\0" * (len(pixels) % 2)
-    dataset["PixelData"] = DataElement(0x7FE00010, "OB" if expected.bits_allocated == 8 else "OW", bytes(pixels))  # noqa: PLR2004
 
 
 def _codestreams(encapsulated: bytes, n_frames: int) -> Iterator[bytes]:
@@ -436,7 +543,7 @@ def _mark_lossy(dataset: Dataset, syntax: str, ratio: float) -> None:
     if text_of(dataset, "LossyImageCompression") != "01":
         dataset.LossyImageCompression = "01"
         dataset.LossyImageCompressionRatio = f"{ratio:.4g}"
-        dataset.LossyImageCompressionMethod = frames.METHODS[syntax]
+        dataset.LossyImageCompressionMethod = frames.CODECS[syntax].method
 
 
 def _has_compressed_icon(dataset: Dataset) -> bool:
@@ -454,7 +561,7 @@ def noted_in(meta: Dataset) -> list[str]:
     return bytes(meta.PrivateInformation).decode("ascii").rstrip("\0 ").split(",")
 
 
-def _part_10(dataset: Dataset, sop_class_uid: str, sop_instance_uid: str, notes: set[str]) -> bytes:
+def part_10(dataset: Dataset, sop_class_uid: str, sop_instance_uid: str, notes: set[str]) -> bytes:
     """Write the file: preamble of zeros, a fresh file meta group, Explicit VR Little Endian (PS3.10 section 7.1).
 
     The warnings travel in the file meta group's private information: it belongs to the file, not to the data set.

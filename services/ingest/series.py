@@ -1,7 +1,5 @@
 """What is told of a series: its allow-listed attributes and its geometry, from the headers of its instances."""
 
-import hashlib
-import hmac
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,42 +7,14 @@ from dataclasses import dataclass
 from pydicom import Dataset
 from pydicom.multival import MultiValue
 
-from services.ingest.arrays import functional_group, is_picture
+from services.ingest.arrays import is_picture
+from services.ingest.deidentification import pseudonym
 from services.ingest.geometry import Slice, survey
+from services.ingest.pixels import functional_group
 from services.ingest.reading import noted_in, text_of
-from shared.dicom import Geometry
+from shared.dicom import SERIES_ATTRIBUTES
+from shared.messages import Geometry
 
-ATTRIBUTES = (
-    "Modality",
-    "SOPClassUID",
-    "ImageType",
-    "BodyPartExamined",
-    "SeriesDescription",
-    "ProtocolName",
-    "SequenceName",
-    "ScanningSequence",
-    "MRAcquisitionType",
-    "ContrastBolusAgent",
-    "ConvolutionKernel",
-    "KVP",
-    "MagneticFieldStrength",
-    "RepetitionTime",
-    "EchoTime",
-    "Laterality",
-    "ViewPosition",
-    "PatientPosition",
-    "Manufacturer",
-    "ManufacturerModelName",
-    "SliceThickness",
-    "SpacingBetweenSlices",
-    "PixelSpacing",
-    "ImagerPixelSpacing",
-    "Rows",
-    "Columns",
-    "PhotometricInterpretation",
-    "FrameOfReferenceUID",
-)
-"""What routing may read. None says who the patient is, who works in the hospital, where or when it was."""
 MAX_TEXT = 64
 
 Value = str | int | float | list[str] | list[float] | None
@@ -62,7 +32,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A series; `order` lists its frames along the normal."""
+    """A series; `order` lists its frames stack by stack, the largest first, along the normal."""
 
     attributes: dict[str, Value]
     geometry: Geometry | None
@@ -88,11 +58,10 @@ def describe(headers: Sequence[Dataset]) -> Description:
 def patient_key(header: Dataset, secret: str) -> str:
     """Return what stands for the patient in a dataset: equal for one patient, and nothing is read from it.
 
-    A plain hash of an identifier can be found by trying all identifiers, so it is keyed (RFC 2104). Where there is no
-    PatientID the study stands for the patient.
+    Where there is no PatientID the study stands for the patient. It is keyed also where the instance is de-identified:
+    what says so of itself may not be.
     """
-    patient = text_of(header, "PatientID") or text_of(header, "StudyInstanceUID")
-    return hmac.new(secret.encode(), patient.encode(), hashlib.sha256).hexdigest()
+    return pseudonym(text_of(header, "PatientID") or text_of(header, "StudyInstanceUID"), secret)
 
 
 def numbers_of(dataset: Dataset, keyword: str, n: int) -> tuple[float, ...] | None:
@@ -127,7 +96,14 @@ def _slice(header: Dataset, frame: int) -> Slice:
         tilt_tag_deg=tilt[0] if tilt else None,
         instance_number=int(number[0]) if number else 0,
         modality=text_of(header, "Modality") or None,
+        patient_position=text_of(header, "PatientPosition"),
+        localizer="LOCALIZER" in _image_type(header),
     )
+
+
+def _image_type(header: Dataset) -> list[str]:
+    value = _value(header, "ImageType")
+    return [str(part) for part in value] if isinstance(value, list) else [str(value)]
 
 
 def _source(header: Dataset, frame: int, group: str) -> Dataset:
@@ -136,7 +112,7 @@ def _source(header: Dataset, frame: int, group: str) -> Dataset:
 
 def _attributes(headers: Sequence[Dataset], first: Dataset) -> dict[str, Value]:
     found: dict[str, Value] = {}
-    for keyword in ATTRIBUTES:
+    for keyword in SERIES_ATTRIBUTES:
         value = _value(first, keyword)
         if value not in (None, "", []):
             found[keyword] = value

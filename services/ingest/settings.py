@@ -1,6 +1,6 @@
 """The settings of ingest, each read once from the environment."""
 
-from pydantic import Field, Json, SecretStr
+from pydantic import Field, SecretStr
 
 from shared.config import ServiceSettings
 
@@ -35,18 +35,12 @@ class IngestSettings(ServiceSettings):
     max_frames: int = Field(default=20_000, gt=0)
     """Most frames of one instance."""
     max_zip_entries: int = Field(default=20_000, gt=0)
-    """Most files in one zip."""
+    """Most files in one archive."""
     max_zip_bytes: int = Field(default=8192 * MIB, gt=0)
-    """Largest unpacked size of one zip."""
+    """Largest unpacked size of one archive."""
     max_zip_ratio: float = Field(default=200, gt=1)
-    """Largest unpacked over packed size of one member of a zip."""
-    array_size: int = Field(default=64, ge=8, le=1024)
-    """Height and width of the slices in training arrays."""
-    array_windows: Json[dict[str, tuple[float, float]]] = Field(default={"CT": (-1000.0, 1000.0)})
-    """Modality values that become -1 and 1 in training arrays, by modality, as JSON; others use percentiles."""
-    array_low_percentile: float = Field(default=0.5, ge=0, lt=50)
-    """Percentile of a series that becomes -1 where its modality has no window."""
-    array_high_percentile: float = Field(default=99.5, gt=50, le=100)
-    """Percentile of a series that becomes 1 where its modality has no window."""
+    """Largest unpacked over packed size of a member of a zip, and of a gzipped tar."""
+    datasets_file: str = ""
+    """`datasets.yaml`: how the training arrays of each dataset are made, and whether it is de-identified."""
     patient_secret: SecretStr = SecretStr("radqueue")
-    """Key of the hash that stands for a patient in training data; set and keep your own to make it irreversible."""
+    """Key of all that stands for a patient, an instance or a date; set and keep your own to make it irreversible."""

@@ -13,20 +13,30 @@ What a series waits for is read from its listing alone: the instances that are n
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from services.ingest.arrays import ArrayConfig
+from services.ingest.datasets import DatasetRules
+from services.ingest.deidentification import Option, keyed_hash, keyed_uid
 from services.ingest.ports import Ports
 from shared.child import ChildFailed
 from shared.concurrency import all_of, temporary_folder
-from shared.dicom import Geometry, Revision, StoredInstance, digest_of, revision_key, series_prefix, stored_instance
+from shared.dicom import (
+    DIGEST_LENGTH,
+    Revision,
+    StoredInstance,
+    digest_of,
+    revision_key,
+    series_prefix,
+    stored_instance,
+)
 from shared.errors import Unavailable, Unprocessable
 from shared.log import get_logger
-from shared.messages import ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
+from shared.messages import Geometry, ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
 from shared.objects import ObjectMissing, ObjectSummary
 from shared.queue import receive_count
 
@@ -87,6 +97,12 @@ async def handle_settling(event: SeriesSettling, *, ports: Ports) -> None:
         Unprocessable: a code of `reasons.DEAD_LETTERS`.
         Unavailable: S3 or SQS does not answer.
     """
+    arrived = ports.clock()
+    async with ports.settling(event.data.series_uid):
+        await _look(event, arrived, ports)
+
+
+async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
     series, settings, now = event.data, ports.settings, ports.clock()
 
     # Fetch.
@@ -104,7 +120,7 @@ async def handle_settling(event: SeriesSettling, *, ports: Ports) -> None:
         log.info("series.left_to_newer", series=series.series_uid, instances=len(stored))
         return
     age_s = (now - max(stored)).total_seconds() - LAST_MODIFIED_S
-    late_s = (now - event.time).total_seconds()
+    late_s = (arrived - event.time).total_seconds()
     # An old event that came again tells of no lag; where uploads take longer than this, there is a backlog.
     quiet_s = settings.quiet_s + min(ports.lag.recent_s(now), settings.quiet_s)
     # One that comes back after its own failure is late for that reason.
@@ -118,7 +134,7 @@ async def handle_settling(event: SeriesSettling, *, ports: Ports) -> None:
         return
 
     # Compute, store and announce.
-    await settle(series.dataset, series.study_uid, series.series_uid, ports=ports)
+    await _settle(series.dataset, (series.study_uid, series.series_uid), (now, listing), ports)
 
 
 async def _is_responsible(series: SettlingSeries, overdue: datetime, ports: Ports) -> bool:
@@ -137,13 +153,17 @@ async def settle(dataset: str, study_uid: str, series_uid: str, *, ports: Ports)
     overtaken by one with more instances is not stored.
     """
     async with ports.settling(series_uid):
-        await _settle(dataset, study_uid, series_uid, ports)
+        listed = ports.clock()
+        listing = [item async for item in ports.objects.list(series_prefix(study_uid, series_uid))]
+        await _settle(dataset, (study_uid, series_uid), (listed, listing), ports)
 
 
-async def _settle(dataset: str, study_uid: str, series_uid: str, ports: Ports) -> None:
-    # Fetch. Whoever lists later may be done earlier, and is newer nevertheless.
-    listed = ports.clock()
-    listing = [item async for item in ports.objects.list(series_prefix(study_uid, series_uid))]
+async def _settle(
+    dataset: str, uids: tuple[str, str], seen: tuple[datetime, Sequence[ObjectSummary]], ports: Ports
+) -> None:
+    """Settle a series as a listing has it. Whoever lists later may be done earlier, and is newer nevertheless."""
+    study_uid, series_uid = uids
+    listed, listing = seen
     instances, warnings = _instances(listing)
     if not instances:
         raise Unprocessable("series_gone")
@@ -163,11 +183,11 @@ async def _settle(dataset: str, study_uid: str, series_uid: str, ports: Ports) -
         await ports.objects.put_if_absent(key, made.body())
 
     revision = Revision.parse(await ports.objects.get(key))
-    if revision.array_key and revision.dataset != dataset:
-        await _copy_array(revision, dataset, ports)
+    if revision.dataset != dataset:
+        await _array_of_another(revision, dataset, ports)
 
     # Announce what is stored, which may be another worker's.
-    await ports.publish(_ready(revision))
+    await ports.publish(_ready(revision, ports.datasets.of(revision.dataset)))
     log.info("series.ready", series=series_uid, instances=len(revision.instances), warnings=revision.warnings)
 
 
@@ -196,17 +216,8 @@ async def _revise(series: Series, warnings: Sequence[str], ports: Ports) -> Revi
     """Describe the series, and make and store its training array."""
     async with temporary_folder("radqueue-series-") as folder:
         paths = await _download(series.instances, folder, ports)
-        try:
-            described = await ports.decoder.series_call({"op": "describe", "paths": paths})
-        except ChildFailed as failed:
-            raise Unprocessable(f"series_{failed.reason_code}", failed.where) from None
-        found = [*warnings, *described["warnings"]]
-        array_key = None
-        if described["n_grey"]:
-            array_key, more = await _array(series, paths, described, ports)
-            found += more
-        elif described["geometry"]:
-            found.append("colour_skipped")
+        described = await _described(paths, ports)
+        array_key, more = await _array(series, paths, described, ports)
     return Revision(
         dataset=series.dataset,
         study_uid=series.study_uid,
@@ -216,9 +227,23 @@ async def _revise(series: Series, warnings: Sequence[str], ports: Ports) -> Revi
         instances=series.instances,
         attributes=described["attributes"],
         geometry=described["geometry"] and Geometry.model_validate(described["geometry"]),
-        warnings=tuple(sorted(set(found))),
+        warnings=tuple(sorted({*warnings, *described["warnings"], *more})),
         array_key=array_key,
+        deidentified=_is_deidentified(ports.datasets.of(series.dataset), described),
     )
+
+
+async def _described(paths: Sequence[str], ports: Ports) -> dict[str, Any]:
+    try:
+        described: dict[str, Any] = await ports.decoder.series_call({"op": "describe", "paths": list(paths)})
+    except ChildFailed as failed:
+        raise Unprocessable(f"series_{failed.reason_code}", failed.where) from None
+    return described
+
+
+def _is_deidentified(rules: DatasetRules, described: dict[str, Any]) -> bool:
+    """Tell whether the instances were de-identified: some may have been stored before their dataset was to be."""
+    return rules.deidentify is not None and rules.deidentify.studies and described["deidentified"]
 
 
 async def _download(instances: Sequence[StoredInstance], folder: Path, ports: Ports) -> list[str]:
@@ -240,38 +265,39 @@ async def _array(
 
     A series whose array cannot be made is still routed: that is a warning, no failure.
     """
-    settings = ports.settings
-    modality = described["attributes"].get("Modality")
-    config = ArrayConfig(
-        settings.array_size,
-        settings.array_windows.get(modality or ""),
-        (settings.array_low_percentile, settings.array_high_percentile),
-    )
+    if not described["n_grey"]:
+        return None, ["colour_skipped"] if described["geometry"] else []
+    rules = ports.datasets.of(series.dataset)
+    config = _config(rules, described["attributes"].get("Modality"))
+    blank = rules.deidentify.blank if rules.deidentify else ()
     out = Path(paths[0]).with_name("array.npy")
     request = {
         "op": "assemble",
         "paths": list(paths),
         "out": str(out),
-        "size": config.size,
-        "window": config.window,
-        "percentiles": config.percentiles,
-        "patient_secret": settings.patient_secret.get_secret_value(),
+        "config": asdict(config),
+        "blank": [rule.model_dump(mode="json") for rule in blank],
+        "secret": ports.settings.patient_secret.get_secret_value(),
     }
     try:
         made = await ports.decoder.series_call(request)
     except ChildFailed as failed:
         log.warning("array.failed", series=series.series_uid, reason_code=failed.reason_code, where=failed.where)
         return None, ["array_failed"]
-    key = f"datasets/{series.dataset}/{series.series_uid}.{series.digest}.{config.hash()}.npy"
+    if not made["shape"][0]:  # every slice was left out
+        return None, made["warnings"]
+    told = _array_uids(series, described, ports)
+    key = f"{_array_prefix(series.dataset, told)}{config.hash()}.npy"
     sidecar = {
-        "series_uid": series.series_uid,
-        "study_uid_sha256": sha256_of(series.study_uid),
-        "digest": series.digest,
+        **told,
         "patient_key": made["patient_key"],
-        "modality": modality,
+        "modality": described["attributes"].get("Modality"),
         "n": made["shape"][0],
         "shape": made["shape"],
         "window": made["window"],
+        "pixel_spacing_mm": made["pixel_spacing_mm"],
+        "rows_columns": made["rows_columns"],
+        "left_out": made["left_out"],
         "config": config.described(),
         "config_hash": config.hash(),
         "warnings": sorted({*described["warnings"], *made["warnings"]}),
@@ -281,15 +307,57 @@ async def _array(
     return key, made["warnings"]
 
 
-async def _copy_array(revision: Revision, dataset: str, ports: Ports) -> None:
-    """Put the array of a series that was uploaded into a second dataset there, too."""
-    array_key = revision.array_key or ""
-    for key in (f"{array_key.removesuffix('.npy')}.json", array_key):
-        copy = key.replace(f"datasets/{revision.dataset}/", f"datasets/{dataset}/", 1)
-        await ports.objects.put(copy, await ports.objects.get(key))
+def _config(rules: DatasetRules, modality: object) -> ArrayConfig:
+    array = rules.array
+    return ArrayConfig(
+        size=array.size,
+        window=array.windows.get(str(modality)),
+        percentiles=array.percentiles,
+        leave_out=tuple(sorted(array.leave_out)),
+        screened=sha256_of(str(rules.deidentify.blank))[:16] if rules.deidentify else "",
+    )
 
 
-def _ready(revision: Revision) -> SeriesReady:
+def _array_uids(series: Series, described: dict[str, Any], ports: Ports) -> dict[str, str]:
+    """Return what an array is known by; in a de-identified dataset nothing that whoever has the originals could know.
+
+    A plain digest would show them which series it is, as a UID would.
+    """
+    plain = {
+        "study_uid": series.study_uid,
+        "series_uid": series.series_uid,
+        "digest": series.digest,
+        "revision_key": revision_key(series.study_uid, series.series_uid, series.digest),
+    }
+    rules = ports.datasets.of(series.dataset)
+    profile = rules.deidentify
+    if profile is None or Option.RETAIN_UIDS in profile.options or _is_deidentified(rules, described):
+        return plain
+    secret = ports.settings.patient_secret.get_secret_value()
+    return {
+        "study_uid": keyed_uid(series.study_uid, secret),
+        "series_uid": keyed_uid(series.series_uid, secret),
+        "digest": keyed_hash(series.digest, secret, DIGEST_LENGTH),
+    }
+
+
+def _array_prefix(dataset: str, told: dict[str, str]) -> str:
+    return f"datasets/{dataset}/{told['series_uid']}.{told['digest']}."
+
+
+async def _array_of_another(revision: Revision, dataset: str, ports: Ports) -> None:
+    """Make the array of a series that was uploaded into a second dataset, by the rules of that one."""
+    series = Series(
+        dataset, revision.study_uid, revision.series_uid, revision.instances, revision.digest, revision.created
+    )
+    async with temporary_folder("radqueue-series-") as folder:
+        paths = await _download(series.instances, folder, ports)
+        await _array(series, paths, await _described(paths, ports), ports)
+
+
+def _ready(revision: Revision, rules: DatasetRules) -> SeriesReady:
+    """Tell of a revision. Where its instances are the originals and its array is not, nothing tells of both."""
+    linked = rules.deidentify is None or revision.deidentified
     modality = revision.attributes.get("Modality")
     told = ReadySeries(
         study_uid=revision.study_uid,
@@ -300,7 +368,9 @@ def _ready(revision: Revision) -> SeriesReady:
         n_instances=len(revision.instances),
         modality=modality if isinstance(modality, str) else None,
         warnings=revision.warnings,
-        array_key=revision.array_key,
+        array_key=revision.array_key if linked else None,
         supersedes=revision.supersedes,
+        geometry=revision.geometry,
+        deidentified=revision.deidentified,
     )
     return SeriesReady.of(revision.series_uid, told, time=revision.created)

@@ -15,6 +15,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from services.ingest.datasets import read
 from services.ingest.decoder import Decoder
 from services.ingest.ports import Ports
 from services.ingest.settings import IngestSettings
@@ -23,6 +24,13 @@ from shared.messages import CreatedObject, Event, ObjectsCreated
 from shared.objects import ObjectStore
 
 PATIENT_NAME = "Secretperson^Jane"
+SECRET = "a secret of this test"
+DATASETS = """
+default: {array: {size: 16}}
+datasets:
+  keyed: {deidentify: {options: [retain_modified_dates], blank: [{when: {Rows: 20}, regions: [[0, 0, 20, 4]]}]}}
+  research: {deidentify: {studies: true, blank: [{when: {Rows: 20}, regions: [[0, 0, 20, 4]]}]}}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -171,8 +179,10 @@ class Bench:
 
 @pytest.fixture
 async def bench(aws, local_aws):
-    settings = IngestSettings(bucket=local_aws.bucket, decoders=1, quiet_s=60, array_size=16)
+    settings = IngestSettings(bucket=local_aws.bucket, decoders=1, quiet_s=60, patient_secret=SECRET)
+    datasets = read(DATASETS, SECRET)
     clock, published = Clock(), Published()
     decoder = Decoder(settings)
-    yield Bench(Ports(ObjectStore(aws.s3, local_aws.bucket), published, decoder, settings, clock), clock, published)
+    store = ObjectStore(aws.s3, local_aws.bucket)
+    yield Bench(Ports(store, published, decoder, settings, clock, datasets), clock, published)
     await decoder.stop()

@@ -1,6 +1,9 @@
 """Zips: what is taken from them, and what of them is an attack."""
 
+import gzip
 import io
+import stat
+import tarfile
 import zipfile
 
 import pytest
@@ -108,3 +111,115 @@ def test_a_zip_cut_short_is_damaged(unpacked, maker, make_part_10, make_zip, len
         unpacked(make_zip({"a": make_part_10(maker.ct())})[:length])
 
     assert raised.value.reason_code == "zip_damaged"
+
+
+def test_a_link_in_a_zip_is_refused(unpacked, maker, make_part_10):
+    """A member that says it is a link, as zips made on Unix can, is told and not read."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        link = zipfile.ZipInfo("link")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("image", make_part_10(maker.ct()))
+    members, _ = unpacked(file.getvalue())
+
+    assert [member.reason_code for member in members] == ["zip_link", None]
+
+
+def tar_of(members, kind=tarfile.REGTYPE, format_=tarfile.PAX_FORMAT):
+    """A tar of these names and bodies; `kind` is that of members without a body."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format_) as archive:
+        for name, body in members.items():
+            info = tarfile.TarInfo(name)
+            if body is None:
+                info.type, info.linkname = kind, "/etc/passwd"
+            else:
+                info.size = len(body)
+            archive.addfile(info, io.BytesIO(body or b""))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["tar", "tar.gz"])
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_is_taken_like_a_zip(unpacked, maker, make_part_10, packed, format_):
+    """Images come out under numbers whatever their names say, in folders or not; junk is passed over."""
+    image = make_part_10(maker.ct())
+    names = {"../../evil": image, "/absolute": image, f"{'deep/' * 15}c.dcm": image, ".DS_Store": b"junk" * 90}
+    members, folder = unpacked(packed(tar_of(names, format_=format_)))
+
+    assert [member.path for member in members] == [str(folder / "0"), str(folder / "1"), str(folder / "2"), None]
+    assert [member.reason_code for member in members] == [None] * 4
+    assert (folder / "2").read_bytes() == image
+    assert not (folder / "tar").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE], ids=bytes.decode
+)
+def test_what_is_no_file_in_a_tar_is_refused(unpacked, maker, make_part_10, kind):
+    """Links, devices and pipes are told and never made; the files beside them are taken."""
+    members, folder = unpacked(tar_of({"strange": None, "image": make_part_10(maker.ct())}, kind))
+
+    assert [member.reason_code for member in members] == ["zip_link", None]
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+def test_a_gzip_that_is_no_tar_is_no_archive(unpacked, maker, make_part_10):
+    """A single gzipped file is not unpacked, and what is in it is not kept."""
+    members, folder = unpacked(gzip.compress(make_part_10(maker.ct())))
+
+    assert members is None
+    assert not list(folder.iterdir())
+
+
+def test_a_gzipped_bomb_is_inflated_no_further_than_the_ratio(unpacked, tmp_path):
+    """What is written to the disk on the way is bounded, too."""
+    with pytest.raises(Unprocessable) as raised:
+        unpacked(gzip.compress(tar_of({"bomb": bytes(1 << 25)})))
+
+    assert raised.value.reason_code == "zip_ratio"
+    assert (tmp_path / "members" / "tar").stat().st_size <= 1 << 24
+
+
+@pytest.mark.parametrize(
+    "caps", [ZipCaps(entries=1, unpacked_bytes=1 << 20, ratio=50), ZipCaps(entries=9, unpacked_bytes=900, ratio=50)]
+)
+def test_a_tar_beyond_its_caps_is_refused_whole(unpacked, maker, make_part_10, caps):
+    """The caps of a zip are those of a tar."""
+    image = make_part_10(maker.ct())
+    with pytest.raises(Unprocessable) as raised:
+        unpacked(tar_of({"a": image, "b": image}), caps)
+
+    assert raised.value.reason_code == "zip_too_large"
+
+
+def test_a_tar_cut_short_is_told_wherever_it_is_cut(unpacked, maker, make_part_10):
+    """A tar that ends before its end does not pass for a smaller one; what came whole is taken."""
+    image = make_part_10(maker.ct())
+    body = tar_of({"a": image, "b": image}, format_=tarfile.USTAR_FORMAT)
+    second = 512 + -(-len(image) // 512) * 512
+    cuts = {second - 700: (0, ["zip_damaged"]), second: (1, ["zip_damaged"]), second + 100: (1, ["zip_damaged"])}
+    for length, (n_images, codes) in cuts.items():
+        members, _ = unpacked(body[:length])
+
+        assert sum(member.path is not None for member in members) == n_images
+        assert sorted({member.reason_code for member in members} - {None}) == codes
+
+
+def test_a_damaged_header_in_a_tar_is_told(unpacked, maker, make_part_10):
+    """The members behind it cannot be found, and that is not passed over."""
+    image = make_part_10(maker.ct())
+    body = bytearray(tar_of({"a": image, "b": image}, format_=tarfile.USTAR_FORMAT))
+    body[512 + -(-len(image) // 512) * 512] ^= 0xFF
+    members, _ = unpacked(bytes(body))
+
+    assert [member.reason_code for member in members] == [None, "zip_damaged"]
+
+
+def test_an_archive_in_a_tar_is_not_opened(unpacked, make_zip):
+    """Nesting is refused in every form."""
+    inner = tar_of({"a": b"b"})
+    members, _ = unpacked(tar_of({"zip": make_zip({"a": b"b"}), "tar": inner, "tgz": gzip.compress(inner)}))
+
+    assert [member.reason_code for member in members] == ["zip_in_zip"] * 3

@@ -7,22 +7,25 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.sequence import Sequence
 
-from services.ingest.arrays import ArrayConfig, modality_values, shrink, window_of
+from services.ingest.arrays import ArrayConfig, centred, shrink, window_of
+from services.ingest.pixels import modality_values
 from services.ingest.reading import Caps, normalise
 from services.ingest.worker import answer
 
 CAPS = Caps(1 << 24, 1 << 24)
-CONFIG = {"size": 16, "window": (-1000, 1000), "percentiles": (0.5, 99.5), "patient_secret": "secret"}
+SECRET = "secret"
+CONFIG = {"size": 16, "window": (-1000, 1000), "percentiles": (0.5, 99.5)}
 
 
-def assemble(tmp_path, files, **changes):
+def assemble(tmp_path, files, *, secret=SECRET, blank=(), **changes):
     paths = []
     for number, upload in enumerate(files):
         path = tmp_path / f"{number}.dcm"
         path.write_bytes(normalise(upload, CAPS)[1])
         paths.append(str(path))
     out = tmp_path / "out.npy"
-    told = answer({"op": "assemble", "paths": paths, "out": str(out), **CONFIG, **changes}, print)
+    request = {"op": "assemble", "paths": paths, "out": str(out), "secret": secret, "blank": list(blank)}
+    told = answer(request | {"config": CONFIG | changes}, print)
     return np.load(out), told
 
 
@@ -74,6 +77,54 @@ def test_colour_is_left_out(maker, make_part_10, tmp_path):
     assert told["warnings"] == ["colour_skipped"]
 
 
+def flat(maker, number, value=1000, **overrides):
+    return maker.ct(number, PixelData=np.full((16, 16), value, "<u2").tobytes(), **overrides)
+
+
+def test_named_rules_leave_slices_out(maker, make_part_10, tmp_path):
+    """Blank slices and localizers are left out where the dataset wants it, and the sidecar counts them by rule."""
+    scout = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
+    files = [make_part_10(one) for one in (maker.ct(0), flat(maker, 1), maker.ct(2, **scout), maker.ct(3))]
+    every, told_every = assemble(tmp_path, files)
+    some, told = assemble(tmp_path, files, leave_out=["blank", "localizer"])
+
+    assert (len(every), told_every["left_out"]) == (4, {})
+    assert np.array_equal(some, every[[0, 3]])
+    assert told["left_out"] == {"localizer": 1, "blank": 1}
+    assert told["warnings"] == ["blank_left_out", "localizer_left_out"]
+
+
+def test_noise_in_air_is_blank_and_a_small_shape_is_not(maker, make_part_10, tmp_path):
+    """What differs by less than a hundredth of the window shows nothing."""
+    noise = np.random.default_rng(0).integers(1000, 1004, (16, 16)).astype("<u2")
+    shape = noise.copy()
+    shape[4:8, 4:8] = 1500
+    files = [make_part_10(maker.ct(n, PixelData=pixels.tobytes())) for n, pixels in enumerate((noise, shape))]
+    array, told = assemble(tmp_path, files, leave_out=["blank"])
+
+    assert told["left_out"] == {"blank": 1}
+    assert array.max() > 0.4
+
+
+def test_a_mixed_series_gives_its_largest_stack(maker, make_part_10, tmp_path):
+    """Slices of another size are not put between the others."""
+    other = maker.ct(1, Rows=8, Columns=8, PixelData=bytes(128), PixelSpacing=[2, 2])
+    array, told = assemble(tmp_path, [make_part_10(one) for one in (maker.ct(0), other, maker.ct(2))])
+    alone, _ = assemble(tmp_path, [make_part_10(one) for one in (maker.ct(0), maker.ct(2))])
+
+    assert np.array_equal(array, alone)
+    assert (told["left_out"], told["warnings"]) == ({"other_stack": 1}, ["smaller_stacks_left_out"])
+    assert told["pixel_spacing_mm"] == (1.0, 1.0)
+
+
+def test_a_series_of_which_all_is_left_out_has_an_empty_array(maker, make_part_10, tmp_path):
+    """Nothing is no failure."""
+    array, told = assemble(tmp_path, [make_part_10(flat(maker, 0))], leave_out=["blank"])
+
+    assert array.shape == (0, 16, 16)
+    assert told["left_out"] == {"blank": 1}
+
+
 def test_percentiles_are_of_the_whole_series(maker, make_part_10, tmp_path):
     """Without a window one pair of percentiles serves all slices, so that they stay comparable."""
     dark = maker.ct(0, PixelData=np.full((16, 16), 100, "<u2").tobytes())
@@ -87,7 +138,7 @@ def test_percentiles_are_of_the_whole_series(maker, make_part_10, tmp_path):
 def test_the_patient_is_a_keyed_hash(maker, make_part_10, tmp_path):
     """One patient has one key, which another secret changes and which holds nothing of the PatientID."""
     files = [make_part_10(maker.ct())]
-    keys = [assemble(tmp_path, files, patient_secret=secret)[1]["patient_key"] for secret in ("a", "a", "b")]
+    keys = [assemble(tmp_path, files, secret=secret)[1]["patient_key"] for secret in ("a", "a", "b")]
 
     assert keys[0] == keys[1] != keys[2]
     assert "4711" not in keys[0]
@@ -104,7 +155,7 @@ def test_shrinking_does_not_alias():
 @pytest.mark.parametrize(("spacing", "filled"), [((1.0, 1.0), (8, 16)), ((2.0, 1.0), (16, 16))])
 def test_the_physical_aspect_is_kept(spacing, filled):
     """A picture is centred on -1 with its height and width in millimetres to scale."""
-    canvas = shrink(np.full((32, 64), 100, np.float32), (0, 100), 16, spacing, inverted=False)
+    canvas = centred(shrink(np.full((32, 64), 100, np.float32), (0, 100), 16, spacing, inverted=False), 16)
 
     assert (canvas > 0).any(axis=1).sum() == filled[0]
     assert (canvas > 0).any(axis=0).sum() == filled[1]

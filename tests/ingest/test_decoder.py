@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -88,6 +89,49 @@ async def test_a_reader_that_hangs_is_killed(maker, tmp_path):
     await decoder.stop()
 
     assert raised.value.reason_code == "deadline"
+
+
+async def test_a_child_is_replaced_before_it_is_old(decoder, maker, make_part_10, tmp_path, monkeypatch):
+    """After its share of files a child makes way for a new one, and no file notices."""
+    monkeypatch.setattr("services.ingest.decoder.CALLS_OF_A_CHILD", 2)
+    file = tmp_path / "file"
+    file.write_bytes(make_part_10(maker.ct()))
+    (child,) = decoder._files.all
+    pids = []
+    for _ in range(5):
+        await decoder.normalise(file, tmp_path / "out")
+        pids.append(child.pid)
+
+    assert pids == [pids[0], pids[0], pids[2], pids[2], pids[4]]
+    assert len(set(pids)) == 3
+
+
+async def test_memory_that_others_left_refuses_nothing(decoder, maker, make_part_10, tmp_path):
+    """A file that finds a child short of memory is read again, by a new one."""
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.write_bytes(make_part_10(maker.ct()))
+    other.write_bytes(make_part_10(maker.ct(1)))
+    await decoder.normalise(other, tmp_path / "out")
+    (child,) = decoder._files.all
+    first = child.pid
+    used = int(Path(f"/proc/{first}/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.prlimit(first, resource.RLIMIT_AS)
+    resource.prlimit(first, resource.RLIMIT_AS, (used, hard))  # as if the files before had taken it all
+    file.write_bytes(make_part_10(maker.ct(2, Rows=1024, Columns=1024, PixelData=bytes(2 << 20))))
+    instance = await decoder.normalise(file, tmp_path / "out")
+
+    assert instance.series_uid == maker.series_uid
+    assert child.pid != first
+
+
+async def test_a_crash_leaves_no_image_on_the_disk(decoder, maker, make_part_10, tmp_path):
+    """A child may not dump core: its memory holds a patient's image."""
+    file = tmp_path / "file"
+    file.write_bytes(make_part_10(maker.ct()))
+    await decoder.normalise(file, tmp_path / "out")
+    (child,) = decoder._files.all
+
+    assert resource.prlimit(child.pid, resource.RLIMIT_CORE) == (0, 0)
 
 
 async def test_memory_is_bounded(maker, make_part_10, tmp_path):

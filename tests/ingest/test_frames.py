@@ -1,7 +1,10 @@
 """Compressed frames: exact where the codec is, refused before decoding where the size is a lie."""
 
 import io
+import shutil
 import struct
+import subprocess
+import zlib
 
 import imagecodecs
 import numpy as np
@@ -10,6 +13,9 @@ from pydicom import dcmread
 from pydicom.encaps import encapsulate
 from rle.utils import encode_array
 
+from services.ingest import codestreams
+from services.ingest.frames import CODECS
+from services.ingest.pixels import modality_values
 from services.ingest.reading import Caps, normalise
 from shared.errors import Unprocessable
 
@@ -19,11 +25,14 @@ HTJ2K, JPEG_XL, RLE = "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.110", "1.2
 
 
 def compressed(maker, make_part_10, frames, syntax, **overrides):
-    """A file with these codestreams."""
+    """A file with these codestreams; it is written as JPEG 2000 first, since pydicom does not know all of these."""
     dataset = maker.ct(PixelData=encapsulate(frames), **overrides)
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
-    return make_part_10(dataset, syntax)
+    upload = make_part_10(dataset, J2K)
+    length = len(syntax) + len(syntax) % 2
+    told = b"UI" + struct.pack("<H", length) + syntax.encode().ljust(length, b"\0")
+    return upload.replace(b"UI\x16\0" + J2K.encode(), told, 1)
 
 
 def stored(upload):
@@ -37,17 +46,27 @@ def refusal(upload):
     return raised.value.reason_code
 
 
+def deflated(octets):
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return compressor.compress(octets) + compressor.flush()
+
+
+DEFLATED, NATIVE_FRAMES = "1.2.840.10008.1.2.8.1", "1.2.840.10008.1.2.1.98"
 RLE_KEYS = {"bits_allocated": 16, "rows": 16, "columns": 16, "samples_per_pixel": 1, "number_of_frames": 1}
-CODECS = [
-    (J2K, lambda image: imagecodecs.jpeg2k_encode(image, reversible=True, codecformat="j2k")),
-    (JPEG_LS, lambda image: imagecodecs.jpegls_encode(image.view("u2"))),
-    (LJPEG, lambda image: imagecodecs.ljpeg_encode(image.view("u2"), bitspersample=16)),
-    (HTJ2K, lambda image: imagecodecs.htj2k_encode(image, reversible=True)),
-    (RLE, lambda image: next(iter(encode_array(image.view("u2"), **RLE_KEYS)))),
-]
+LOSSLESS = {
+    (J2K,): lambda image: imagecodecs.jpeg2k_encode(image, reversible=True, codecformat="j2k"),
+    (JPEG_LS, JPEG_LS[:-1] + "1"): lambda image: imagecodecs.jpegls_encode(image.view("u2")),
+    (LJPEG, LJPEG[:-2] + "57"): lambda image: imagecodecs.ljpeg_encode(image.view("u2"), bitspersample=16),
+    (HTJ2K, HTJ2K[:-1] + "2", HTJ2K[:-1] + "3"): lambda image: imagecodecs.htj2k_encode(image, reversible=True),
+    (RLE,): lambda image: next(iter(encode_array(image.view("u2"), **RLE_KEYS))),
+    (JPEG_XL,): lambda image: imagecodecs.jpegxl_encode(image.view("u2"), lossless=True),
+    (DEFLATED,): lambda image: deflated(image.tobytes()),
+    (NATIVE_FRAMES,): lambda image: image.tobytes(),
+}
+CODECS_OF = [(syntax, encode) for syntaxes, encode in LOSSLESS.items() for syntax in syntaxes]
 
 
-@pytest.mark.parametrize(("syntax", "encode"), CODECS)
+@pytest.mark.parametrize(("syntax", "encode"), CODECS_OF)
 @pytest.mark.parametrize("signed", [False, True])
 def test_lossless_codecs_give_back_every_value(maker, make_part_10, syntax, encode, signed):
     """Signed and unsigned 16 bit images survive each lossless codec exactly, and are not called lossy."""
@@ -120,16 +139,7 @@ def test_run_length_colours_are_interleaved(maker, make_part_10):
     assert np.array_equal(dataset.pixel_array, gradient())
 
 
-def test_jpeg_xl_is_read(maker, make_part_10):
-    """JPEG XL, the newest transfer syntax, decodes exactly."""
-    image = np.random.default_rng(3).integers(0, 4096, (16, 16)).astype("<u2")
-    upload = compressed(maker, make_part_10, [imagecodecs.jpegxl_encode(image, lossless=True)], HTJ2K)
-    dataset, _ = stored(upload.replace(HTJ2K.encode(), JPEG_XL.encode()))
-
-    assert np.array_equal(dataset.pixel_array, image)
-
-
-@pytest.mark.parametrize(("syntax", "encode"), CODECS)
+@pytest.mark.parametrize(("syntax", "encode"), CODECS_OF)
 def test_a_frame_of_another_size_is_refused(maker, make_part_10, syntax, encode):
     """A codestream that is not Rows by Columns is no frame of this image."""
     frame = encode(np.zeros((16, 16), "<u2"))
@@ -145,7 +155,7 @@ def test_a_small_codestream_of_a_huge_image_is_never_decoded(maker, make_part_10
     assert refusal(compressed(maker, make_part_10, [bytes(frame)], J2K)) == "frame_mismatch"
 
 
-@pytest.mark.parametrize(("syntax", "encode"), CODECS)
+@pytest.mark.parametrize(("syntax", "encode"), CODECS_OF)
 def test_a_damaged_frame_is_refused_or_decoded(maker, make_part_10, syntax, encode):
     """Changed bytes in a codestream end in a code or in an image of the right size, never in another error."""
     image = np.random.default_rng(4).integers(0, 4096, (16, 16)).astype("<u2")
@@ -173,6 +183,161 @@ def test_bits_stored_follows_the_values(maker, make_part_10):
     assert corrected.BitsStored >= 13
     assert corrected.HighBit == corrected.BitsStored - 1
     assert noted == ("bits_stored_corrected",)
+
+
+def smooth():
+    """A grey image that lossy codecs keep well, 12 bits."""
+    y, x = np.mgrid[0:16, 0:16]
+    return (y * 100 + x * 120).astype("<u2")
+
+
+LOSSY = {
+    "1.2.840.10008.1.2.4.50": lambda image: imagecodecs.jpeg8_encode((image >> 4).astype("u1"), level=98),
+    "1.2.840.10008.1.2.4.51": lambda image: imagecodecs.jpeg8_encode(image, level=98, bitspersample=12),
+    "1.2.840.10008.1.2.4.53": lambda image: imagecodecs.jpeg8_encode(image, level=98, bitspersample=12),
+    "1.2.840.10008.1.2.4.55": lambda image: imagecodecs.jpeg8_encode(image, level=98, bitspersample=12),
+    "1.2.840.10008.1.2.4.81": lambda image: imagecodecs.jpegls_encode(image, level=3),
+    "1.2.840.10008.1.2.4.91": lambda image: imagecodecs.jpeg2k_encode(image, level=85, codecformat="j2k"),
+    "1.2.840.10008.1.2.4.111": lambda image: imagecodecs.jpegxl_encode_jpeg(
+        imagecodecs.jpeg8_encode((image >> 4).astype("u1"), level=98)
+    ),
+    "1.2.840.10008.1.2.4.112": lambda image: imagecodecs.jpegxl_encode(image, level=98, bitspersample=12),
+    "1.2.840.10008.1.2.4.203": lambda image: imagecodecs.htj2k_encode(image, reversible=False, level=0.001),
+}
+
+
+@pytest.mark.parametrize("syntax", LOSSY)
+def test_lossy_codecs_keep_the_picture(maker, make_part_10, syntax):
+    """Values after a codec with loss are close to those before, and the instance says that there was a loss."""
+    image, eight = smooth(), syntax.endswith((".50", ".111"))
+    bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7} if eight else {}
+    dataset, warnings = stored(compressed(maker, make_part_10, [LOSSY[syntax](image)], syntax, **bits))
+    expected = image >> 4 if eight else image
+
+    assert np.abs(dataset.pixel_array.astype(int) - expected).max() <= expected.max() * 0.03
+    assert dataset.LossyImageCompression == "01"
+    assert dataset.LossyImageCompressionMethod == CODECS[syntax].method
+    assert warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("option", "syntax"), [("+ee", "51"), ("+es", "53"), ("+ep", "55"), ("+el", "57"), ("+e1", "70")]
+)
+def test_what_dcmtk_encodes_is_read(maker, make_part_10, tmp_path, option, syntax):
+    """Spectral selection, progression and each lossless process, from an encoder that is not ours."""
+    program = shutil.which("dcmcjpeg")
+    if program is None:
+        pytest.skip("dcmcjpeg of dcmtk is not installed")
+    (tmp_path / "in.dcm").write_bytes(make_part_10(maker.ct(PixelData=smooth().tobytes())))
+    subprocess.run([program, "-q", option, tmp_path / "in.dcm", tmp_path / "out.dcm"], check=True)
+    upload = (tmp_path / "out.dcm").read_bytes()
+    dataset, _ = stored(upload)
+    lossless = syntax in {"57", "70"}
+    assert dcmread(io.BytesIO(upload)).file_meta.TransferSyntaxUID == f"1.2.840.10008.1.2.4.{syntax}"
+    (values,) = modality_values(dataset)  # dcmtk spreads the values over the bits, and says so in the rescale
+
+    assert np.abs(values - (smooth() - 1024.0)).max() <= (0 if lossless else 100)
+
+
+def test_every_transfer_syntax_is_tested():
+    """What the table of decoders lists is encoded and decoded here."""
+    assert {syntax for syntax, _ in CODECS_OF} | set(LOSSY) == set(CODECS)
+
+
+@pytest.mark.parametrize("syntax", [J2K, RLE, DEFLATED, NATIVE_FRAMES])
+def test_masks_of_single_bits_are_packed_without_a_gap(maker, make_part_10, syntax):
+    """Frames whose bits fill no whole byte follow one another as PS3.5 section 8.1.1 packs them."""
+    masks = np.random.default_rng(5).integers(0, 2, (3, 15, 15)).astype(np.uint8)
+    packed = [np.packbits(mask, bitorder="little") for mask in masks]
+    encode = {
+        J2K: lambda number: imagecodecs.jpeg2k_encode(
+            masks[number], reversible=True, codecformat="j2k", bitspersample=1
+        ),
+        RLE: lambda number: next(
+            iter(encode_array(packed[number][None], **RLE_KEYS | {"bits_allocated": 8, "rows": 1, "columns": 29}))
+        ),
+        DEFLATED: lambda number: deflated(packed[number].tobytes()),
+        NATIVE_FRAMES: lambda number: packed[number].tobytes(),
+    }[syntax]
+    bits = {"BitsAllocated": 1, "BitsStored": 1, "HighBit": 0, "Rows": 15, "Columns": 15, "NumberOfFrames": 3}
+    dataset, warnings = stored(compressed(maker, make_part_10, [encode(number) for number in range(3)], syntax, **bits))
+
+    assert np.array_equal(dataset.pixel_array, masks)
+    assert len(dataset.PixelData) == 86  # 675 bits
+    assert warnings == ()
+
+
+@pytest.mark.parametrize("planar", [0, 1])
+def test_deflated_planes_become_pixels(maker, make_part_10, planar):
+    """A deflated colour frame is native inside, whose planes are put side by side."""
+    pixels = np.moveaxis(gradient(), -1, 0) if planar else gradient()
+    colour = COLOUR | {"PlanarConfiguration": planar, "PhotometricInterpretation": "RGB"}
+    dataset, _ = stored(compressed(maker, make_part_10, [deflated(pixels.tobytes())], DEFLATED, **colour))
+
+    assert np.array_equal(dataset.pixel_array, gradient())
+    assert dataset.PlanarConfiguration == 0
+
+
+def test_a_deflated_frame_is_inflated_no_further_than_it_may_be(maker, make_part_10):
+    """A frame that holds more, or less, than Rows by Columns is refused."""
+    assert refusal(compressed(maker, make_part_10, [deflated(bytes(1 << 24))], DEFLATED)) == "frame_mismatch"
+    assert refusal(compressed(maker, make_part_10, [deflated(bytes(500))], DEFLATED)) == "frame_damaged"
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.7, 0.97])
+@pytest.mark.parametrize(("syntax", "encode"), [*CODECS_OF, *LOSSY.items()])
+def test_half_a_frame_is_never_taken(maker, make_part_10, syntax, encode, keep):
+    """Decoders fill what is missing with grey; a codestream that was cut short is refused instead."""
+    bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7} if syntax.endswith((".50", ".111")) else {}
+    frame = encode(np.random.default_rng(6).integers(0, 4096, (16, 16)).astype("<u2"))
+    code = refusal(compressed(maker, make_part_10, [frame[: int(len(frame) * keep)]], syntax, **bits))
+
+    assert code in {"frame_damaged", "frame_mismatch"}
+
+
+def test_a_jp2_file_in_a_frame_is_read(maker, make_part_10):
+    """Some writers leave the boxes of a JP2 file around the codestream; what they say of colours does not count."""
+    image = np.random.default_rng(7).integers(0, 4096, (16, 16)).astype("<u2")
+    dataset, _ = stored(
+        compressed(maker, make_part_10, [imagecodecs.jpeg2k_encode(image, reversible=True, codecformat="jp2")], J2K)
+    )
+
+    assert np.array_equal(dataset.pixel_array, image)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (300, 400), (33, 77), (270, 480), (2000, 10), (1, 1), (512, 256)])
+@pytest.mark.parametrize(("bits", "kind"), [(8, "u1"), (10, "u2"), (16, "u2")])
+def test_a_jpeg_xl_tells_its_size_beforehand(shape, bits, kind):
+    """Every form of the size header is read: small, with a ratio, and of each width."""
+    image = np.random.default_rng(8).integers(0, 1 << bits, shape).astype(kind)
+    for lossless in (True, False):
+        header = codestreams.jpeg_xl(imagecodecs.jpegxl_encode(image, lossless=lossless, bitspersample=bits))
+
+        assert (header.rows, header.columns, header.precision) == (*shape, bits)
+
+
+def test_a_jpeg_xl_of_another_size_is_never_decoded(maker, make_part_10, monkeypatch):
+    """The size is held against Rows and Columns before libjxl sees the frame, and an animation is none."""
+    called = []
+    monkeypatch.setattr(imagecodecs, "jpegxl_decode", lambda *arguments, **_: called.append(arguments))
+    frame = imagecodecs.jpegxl_encode(np.zeros((3000, 3000), "u1"), lossless=True)
+    moving = imagecodecs.jpegxl_encode(np.zeros((3, 16, 16), "u2"), lossless=True)
+
+    assert refusal(compressed(maker, make_part_10, [frame], JPEG_XL)) == "frame_mismatch"
+    assert refusal(compressed(maker, make_part_10, [moving], JPEG_XL)) == "frame_damaged"
+    assert called == []
+
+
+def test_of_two_sizes_in_a_jpeg_none_counts():
+    """A second frame header could be what a decoder believes."""
+    frame = imagecodecs.jpegls_encode(np.zeros((16, 16), "<u2"))
+    at = frame.index(b"\xff\xf7")
+    header = frame[at : at + 2 + struct.unpack_from(">H", frame, at + 2)[0]]
+    twice = frame[:at] + header.replace(b"\0\x10\0\x10", b"\x40\0\x40\0") + frame[at:]
+
+    assert codestreams.jpeg(frame).rows == 16
+    with pytest.raises(codestreams.Damaged):
+        codestreams.jpeg(twice)
 
 
 def test_video_is_not_read(maker, make_part_10):

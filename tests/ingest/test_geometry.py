@@ -1,13 +1,18 @@
 """The order and the regularity of slices, from their positions alone."""
 
+import io
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydicom import dcmread
 
 from services.ingest.geometry import Slice, survey
+from services.ingest.series import describe
+from shared.messages import Geometry
 
 
 def stack(depths, *, tilt_deg=0.0, tag=None, **changes):
@@ -21,10 +26,11 @@ def stack(depths, *, tilt_deg=0.0, tag=None, **changes):
 
 
 def test_an_even_stack_is_a_volume():
-    """Parallel, evenly spaced slices are a volume without any warning."""
+    """Parallel, evenly spaced slices are a regular volume without any warning."""
     geometry, order, warnings = survey(stack([0, 2, 4, 6]))
 
-    assert (geometry.verdict, geometry.spacing_mm, geometry.tilt_deg) == ("volume", 2.0, 0.0)
+    assert (geometry.verdict, geometry.spacing_mm, geometry.tilt_deg) == ("regular", 2.0, 0.0)
+    assert (geometry.n_stacks, geometry.n_in_stack, geometry.n_positions, geometry.n_sets) == (1, 4, 4, 1)
     assert order == [0, 1, 2, 3]
     assert warnings == []
 
@@ -56,29 +62,120 @@ def test_a_tag_that_says_another_tilt_is_noted():
 
 
 @pytest.mark.parametrize(
-    ("depths", "expected"),
+    ("depths", "verdict", "expected", "n_sets"),
     [
-        ([0, 2, 4, 8, 10], ["missing_slices", "uneven_spacing"]),
-        ([0, 2, 4.1, 6], ["uneven_spacing"]),
-        ([0, 2, 2, 4], ["repeated_positions"]),
-        ([0, 0, 0], ["repeated_positions"]),
+        ([0, 2, 4, 8, 10], "gaps", ["missing_slices", "uneven_spacing"], 1),
+        ([0, 2, 4.1, 6], "uneven", ["uneven_spacing"], 1),
+        ([0, 2, 2, 4], "repeated", ["repeated_positions"], 2),
+        ([0, 0, 0], "repeated", ["repeated_positions"], 3),
+        ([0, 2, 4] * 3, "4d", ["several_sets"], 3),
+        ([0, 2, 4] * 3 + [0, 2], "repeated", ["repeated_positions"], 4),
+        ([0, 2, 4, 10] * 2, "4d", ["missing_slices", "several_sets", "uneven_spacing"], 2),
     ],
 )
-def test_irregular_stacks_are_named(depths, expected):
-    """Gaps, uneven steps and repeats each have their code."""
+def test_irregular_stacks_are_named(depths, verdict, expected, n_sets):
+    """Gaps, uneven steps, repeats and complete sets each have their verdict; all that is true is in the warnings."""
     geometry, _, warnings = survey(stack(depths))
 
     assert warnings == expected
-    assert geometry.verdict == "irregular"
+    assert (geometry.verdict, geometry.n_sets, geometry.n_positions) == (verdict, n_sets, len(set(depths)))
 
 
-def test_mixed_slices_are_named():
-    """A series with slices of another size, spacing or direction is no volume."""
-    slices = stack([0, 2, 4])
-    slices[1] = Slice((0.0, 0.0, 2.0), (0, 1, 0, 0, 0, 1), 256, 256, (1.4, 1.4), None, 1, "CT")
-    _, _, warnings = survey(slices)
+def test_mixed_slices_are_split_into_stacks():
+    """Slices of another size, spacing or direction are a stack of their own, and the largest stack is measured."""
+    slices = stack([0, 2, 4, 6, 8, 10] * 4)
+    for index in (1, 7, 13):
+        slices[index] = replace(slices[index], rows=256, pixel_spacing=(1.4, 1.4))
+    slices[2] = replace(slices[2], orientation=(0, 1, 0, 0, 0, 1))
+    geometry, order, warnings = survey(slices)
 
+    assert geometry.verdict == "mixed"
     assert {"mixed_orientation", "mixed_pixel_spacing", "mixed_size"} <= set(warnings)
+    assert (geometry.n_stacks, geometry.n_in_stack, geometry.n_slices) == (3, 20, 24)
+    assert (geometry.spacing_mm, geometry.n_positions) == (2.0, 6)
+    assert order[20:] == [1, 7, 13, 2]
+    assert sorted(order) == list(range(24))
+
+
+def plane(normal, n):
+    """A few slices in one of the three planes of the body."""
+    orientations = {"z": (1, 0, 0, 0, 1, 0), "y": (1, 0, 0, 0, 0, -1), "x": (0, 1, 0, 0, 0, -1)}
+    position = {"z": (0.0, 0.0, 5.0), "y": (0.0, 5.0, 0.0), "x": (5.0, 0.0, 0.0)}[normal]
+    return [
+        Slice(tuple(part * i for part in position), orientations[normal], 256, 256, (1, 1), None, i) for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("slices", "verdict"),
+    [
+        ([*plane("x", 3), *plane("y", 3), *plane("z", 3)], "localizer"),
+        ([*plane("x", 40), *plane("y", 3)], "mixed"),
+        ([replace(item, localizer=True) for item in plane("z", 1)], "localizer"),
+        ([*plane("z", 20), replace(plane("x", 1)[0], localizer=True)], "mixed"),
+        (plane("z", 9), "regular"),
+        (plane("z", 1), "single"),
+    ],
+)
+def test_scouts_are_no_volumes(slices, verdict):
+    """Pictures that say so, and a few slices each in planes that stand upon one another, are localizers."""
+    geometry, _, warnings = survey(slices)
+
+    assert geometry.verdict == verdict
+    assert ("localizer" in warnings) == (verdict == "localizer" or slices[-1].localizer)
+
+
+@pytest.mark.parametrize(
+    ("patient_position", "column", "tag"),
+    [
+        ("HFS", (0, 1, -1), -45.0),  # the front of the body, which is up, lies nearer to the head
+        ("FFS", (0, 1, 1), -45.0),
+        ("HFP", (0, 1, 1), -45.0),  # the back is up
+        ("HFP", (0, -1, -1), -45.0),
+        ("FFP", (0, 1, -1), -45.0),
+        ("FFS", (0, 1, -1), 45.0),
+        ("HFDR", (-1, 0, -1), -45.0),
+        ("", (0, 1, -1), -45.0),
+    ],
+)
+def test_the_tilt_has_the_sign_of_the_tag_however_the_patient_lies(patient_position, column, tag):
+    """Negative is a gantry whose top leans away from the side where the table enters, in every position."""
+    column = [part / math.sqrt(2) for part in column]
+    along = (1, 0, 0) if column[1] else (0, 1, 0)
+    row = along if math.copysign(1, column[1] or -column[0]) > 0 else tuple(-part for part in along)
+    slices = [
+        Slice((0.0, 0.0, 2.0 * n), (*row, *column), 64, 64, (1, 1), tag, n, "CT", patient_position) for n in range(4)
+    ]
+    geometry, _, warnings = survey(slices)
+
+    assert geometry.tilt_deg == pytest.approx(tag)
+    assert (geometry.verdict, warnings) == ("tilted", ["gantry_tilt"])
+
+
+def test_what_lies_in_the_headers_is_asked(maker, make_part_10):
+    """Position of the patient, localizers and tilt come from the instances of the series."""
+    column = [0, math.cos(0.2), math.sin(0.2)]
+    lying = {
+        "PatientPosition": "FFS",
+        "ImageOrientationPatient": [1, 0, 0, *column],
+        "GantryDetectorTilt": -math.degrees(0.2),
+    }
+    files = [make_part_10(maker.ct(n, **lying)) for n in range(3)]
+    scout = make_part_10(maker.ct(9, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]))
+    found = describe([dcmread(io.BytesIO(body)) for body in files])
+    scouts = describe([dcmread(io.BytesIO(scout))])
+
+    assert found.geometry.tilt_deg == pytest.approx(-math.degrees(0.2), abs=0.01)
+    assert found.warnings == ["gantry_tilt"]
+    assert (scouts.geometry.verdict, scouts.warnings) == ("localizer", ["localizer"])
+
+
+def test_a_stored_geometry_of_the_first_version_is_read():
+    """Documents that say `volume` or `irregular` parse for ever; the first is `regular` today."""
+    old = {"n_slices": 2, "n_positions": 2}
+
+    assert Geometry.model_validate(old | {"verdict": "volume"}).verdict == "regular"
+    assert Geometry.model_validate(old | {"verdict": "irregular"}).verdict == "irregular"
 
 
 @pytest.mark.parametrize("orientation", [None, (0,) * 6, (1, 0, 0, 1, 0, 0), (math.nan,) * 6])

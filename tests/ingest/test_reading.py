@@ -119,7 +119,7 @@ def test_a_value_that_cannot_be_converted_is_kept_as_bytes(maker):
     instance, body = normalise(upload[:at] + width + upload[at:], CAPS)
 
     assert instance.warnings == ("element_unreadable",)
-    assert b"\x18\x00\x06\x93UN\0\0\x06\0\0\0sixsix" in body
+    assert b"\x18\x00\x06\x93OB\0\0\x06\0\0\0sixsix" in body
 
 
 @pytest.mark.parametrize("uid_in_meta", [True, False])
@@ -235,6 +235,85 @@ def test_a_damaged_file_is_taken_or_refused(maker, make_part_10, edits):
 
     assert code in REASONS if found is None else set(found[0].warnings) <= set(WARNINGS)
     assert found is None or read(found[1]).SOPInstanceUID == found[0].sop_instance_uid
+
+
+def inserted(upload: bytes, element: bytes) -> bytes:
+    """The file with an element before its StudyInstanceUID."""
+    at = upload.index(b"\x20\x00\x0d\x00")
+    return upload[:at] + element + upload[at:]
+
+
+@pytest.mark.parametrize(
+    ("element", "kept"),
+    [
+        (b"\x18\x00\x50\x00XX\x04\x001.25", b"\x18\x00\x50\x00OB\0\0\x04\0\0\x001.25"),
+        (b"\x18\x00\x06\x93FD\x06\x00sixsix", b"\x18\x00\x06\x93OB\0\0\x06\0\0\x00sixsix"),
+        (b"\x19\x00\x01\x10US\x03\x00odd", b"\x19\x00\x01\x10OB\0\0\x04\0\0\x00odd\0"),
+    ],
+)
+def test_an_element_that_nobody_could_convert_keeps_its_bytes(maker, make_part_10, element, kept):
+    """An unknown VR, or a number of an impossible width, costs no image, and no later reader stumbles over it."""
+    instance, body = normalise(inserted(make_part_10(maker.ct()), element), CAPS)
+
+    assert instance.warnings == ("element_unreadable",)
+    assert kept in body
+    assert len([element.value for element in read(body)]) == len(maker.ct()) + 1
+
+
+def test_a_writer_that_switches_to_implicit_is_followed(maker, make_part_10):
+    """An element without VR among explicit ones gets the VR of its tag, also inside a sequence."""
+    thickness = b"\x18\x00\x50\x00\x04\0\0\x001.25"
+    sequence = b"\x18\x00\x01\x93SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" + thickness
+    sequence += b"\xfe\xff\x0d\xe0\0\0\0\0\xfe\xff\xdd\xe0\0\0\0\0"
+    for element in (thickness, sequence):
+        instance, body = normalise(inserted(make_part_10(maker.ct()), element), CAPS)
+
+        assert instance.warnings == ("vr_mismatch",)
+        assert b"\x18\x00\x50\x00DS\x04\x001.25" in body
+        assert np.array_equal(read(body).pixel_array, read(make_part_10(maker.ct())).pixel_array)
+
+
+@pytest.mark.parametrize("charset", ["ISO_IR 999", "ISO_IR192", "utf8"])
+def test_an_unknown_character_set_is_told(maker, make_part_10, charset):
+    """Texts in a character set that the standard does not have stay as they are, with a warning."""
+    instance, body = normalise(make_part_10(maker.ct(SpecificCharacterSet=charset)), CAPS)
+
+    assert instance.warnings == ("charset_unknown",)
+    assert read(body).SpecificCharacterSet == charset
+
+
+@pytest.mark.parametrize(
+    "keyword", ["SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "HighBit", "PixelRepresentation"]
+)
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_header_that_leaves_out_the_usual_is_completed(maker, make_part_10, keyword, value):
+    """What readers need and only one value makes sense for is added, with a warning."""
+    upload = make_part_10(maker.ct(**{keyword: value}))
+    instance, body = normalise(upload, CAPS)
+
+    assert "image_header_completed" in instance.warnings
+    assert read(body).pixel_array.shape == (16, 16)
+
+
+def test_decompressed_pixels_under_a_compressed_syntax_are_read(maker, make_part_10):
+    """Who decompresses and forgets the transfer syntax still has native pixel data of the right length."""
+    upload = make_part_10(maker.ct())
+    length = upload.index(b"UI\x14\x001.2.840.10008.1.2.1\0")
+    told = upload[:length] + b"UI\x16\x001.2.840.10008.1.2.4.90" + upload[length + 24 :]
+    instance, body = normalise(told, CAPS)
+
+    assert instance.warnings == ("vr_mismatch",)
+    assert np.array_equal(read(body).pixel_array, read(upload).pixel_array)
+
+
+def test_padding_is_dropped_and_frames_are_not(maker, make_part_10):
+    """A few bytes behind the pixels go, with a warning; as much as a frame is a header that lies."""
+    pixels = maker.ct().PixelData
+    instance, body = normalise(make_part_10(maker.ct(PixelData=pixels + bytes(40))), CAPS)
+
+    assert instance.warnings == ("excess_pixel_data",)
+    assert read(body).PixelData == pixels
+    assert refusal(make_part_10(maker.ct(PixelData=pixels * 2))) == "frame_count"
 
 
 def test_a_text_that_begins_with_eight_is_not_dicom():

@@ -78,7 +78,7 @@ def test_the_tilt_of_the_phantom_is_found(real_data):
 
     assert found.geometry.tilt_deg == pytest.approx(-18.5, abs=0.05)
     assert found.geometry.tilt_tag_deg == -18.5
-    assert found.geometry.verdict == "irregular"
+    assert found.geometry.verdict == "tilted"
     assert found.geometry.n_positions == 54
     assert found.warnings == ["gantry_tilt"]
     assert positions == sorted(positions)
@@ -106,5 +106,5 @@ def test_the_emptied_series_gets_its_class_and_instance_back(real_data):
     found = describe(headers)
 
     assert raised.value.reason_code == "missing_uid"
-    assert (found.geometry.verdict, found.geometry.spacing_mm) == ("volume", 2.0)
+    assert (found.geometry.verdict, found.geometry.spacing_mm) == ("regular", 2.0)
     assert found.warnings == ["sop_class_restored", "sop_instance_restored"]

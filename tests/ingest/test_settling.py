@@ -1,6 +1,8 @@
 """When a series settles, in the time of the test: how often, for which dataset, and what ends it for good."""
 
 import itertools
+import math
+import random
 import resource
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -28,10 +30,10 @@ class TimedStore(ObjectStore):
         super().__init__(store._s3, store.bucket)
         self.clock, self.times, self.lost = clock, {}, lambda key: False
 
-    async def _put(self, key, body, **condition):
+    async def _put(self, key, body, *kind, **condition):
         if self.lost(key):
             return ""
-        etag = await super()._put(key, body, **condition)
+        etag = await super()._put(key, body, *kind, **condition)
         self.times[key] = self.clock()
         return etag
 
@@ -162,3 +164,117 @@ async def test_a_series_may_take_more_processor_time_than_a_file(bench, maker, m
 
     assert 50 < file_s < 100
     assert 500 < series_s < 550
+
+
+class MemoryStore(ObjectStore):
+    """Objects in memory, as old as the test's clock says; counts how often a series was listed."""
+
+    def __init__(self, clock):
+        super().__init__(None, "bucket")
+        self.clock, self.stored, self.n_listings = clock, {}, 0
+
+    async def get(self, key):
+        return self.stored[key][0]
+
+    async def exists(self, key):
+        return key in self.stored
+
+    async def put(self, key, body):
+        self.stored[key] = body, self.clock().replace(microsecond=0)
+        return ""
+
+    async def put_if_absent(self, key, body):
+        free = key not in self.stored
+        if free:
+            await self.put(key, body)
+        return free
+
+    async def download(self, key, path):
+        path.write_bytes(self.stored[key][0])
+
+    async def list(self, prefix) -> AsyncIterator[ObjectSummary]:
+        self.n_listings += prefix.startswith("studies/") and prefix.count("/") == 3
+        for key in sorted(key for key in self.stored if key.startswith(prefix)):
+            body, modified = self.stored[key]
+            yield ObjectSummary(key, len(body), modified, "")
+
+
+class Describer:
+    """A series of no pictures: what is told of it is not what is tested."""
+
+    async def series_call(self, request):
+        assert request["op"] == "describe"
+        return {"attributes": {}, "geometry": None, "warnings": [], "n_grey": 0, "deidentified": False}
+
+
+@pytest.mark.parametrize(("duration_s", "began_s"), [(290, 59), (840, 0)])
+async def test_five_thousand_instances_settle_once(bench, maker, duration_s, began_s):
+    """A series of 5,000 that come one by one, in any order, is listed duration / quiet period + 2 times, not more."""
+    rng = random.Random(duration_s)  # noqa: S311 - an order, no secret
+    now_s, turn = 0.0, itertools.count()
+    store = MemoryStore(lambda: START + timedelta(seconds=began_s + now_s))
+    ports = replace(bench.ports, objects=store, clock=store.clock, decoder=Describer())
+    numbers = rng.sample(range(5000), 5000)
+    work = [(duration_s * index / 5000, next(turn), number) for index, number in enumerate(numbers)]
+    sent = 0
+    while work:
+        now_s, _, what = heappop(work)
+        if isinstance(what, int):
+            uid = f"{maker.series_uid[:50]}.{what}"
+            await store.put(instance_key(maker.study_uid, maker.series_uid, uid, "0" * 16), b"")
+            await expect_settling("lung", maker.study_uid, maker.series_uid, ports=ports)
+        else:
+            await handle_settling(what, ports=ports)
+        for event, delay_s in zip(bench.published.events[sent:], bench.published.delays_s[sent:], strict=True):
+            if isinstance(event, SeriesSettling):
+                heappush(work, (now_s + delay_s, next(turn), event))
+        sent = len(bench.published.events)
+    (ready,) = bench.published.of(SeriesReady)
+
+    assert ready.data.n_instances == 5000
+    assert store.n_listings <= math.ceil(duration_s / ports.settings.quiet_s) + 2
+
+
+async def test_a_complete_folder_settles_at_once(bench, maker, make_part_10):
+    """`_COMPLETE` settles what lies below its folder, also what no notification has told of yet, and nothing else."""
+    other = type(maker)()
+    events = [
+        await bench.upload(f"incoming/lung/scan/deep/{n}.dcm", make_part_10(maker.ct(n))) for n in reversed(range(3))
+    ]
+    await handle_uploads(await bench.upload("incoming/lung/scan2/a.dcm", make_part_10(other.ct())), ports=bench.ports)
+    await handle_uploads(events[0], ports=bench.ports)
+    await handle_uploads(await bench.upload("incoming/lung/scan/_COMPLETE", b""), ports=bench.ports)
+    (ready,) = bench.published.of(SeriesReady)
+    for event in events:  # those that were late
+        await handle_uploads(event, ports=bench.ports)
+    bench.clock.shift_s = 62
+    for event in bench.published.of(SeriesSettling):
+        await handle_settling(event, ports=bench.ports)
+    later = [event for event in bench.published.of(SeriesReady) if event.data.series_uid == maker.series_uid]
+
+    assert (ready.data.series_uid, ready.data.n_instances) == (maker.series_uid, 3)
+    assert {event.id for event in later} == {ready.id}
+    assert len(await bench.keys(f"studies/{maker.study_uid}/{maker.series_uid}/revisions/")) == 1
+
+
+async def test_an_instance_after_complete_is_a_late_one(bench, maker, make_part_10):
+    """What comes into a complete folder nevertheless makes a new revision when it is quiet."""
+    await bench.upload("incoming/lung/done/0.dcm", make_part_10(maker.ct(0)))
+    await handle_uploads(await bench.upload("incoming/lung/done/_COMPLETE", b""), ports=bench.ports)
+    late = await bench.upload("incoming/lung/done/1.dcm", make_part_10(maker.ct(1)))
+    await handle_uploads(late, ports=bench.ports)
+    bench.clock.shift_s = 62
+    await handle_settling(bench.published.of(SeriesSettling)[-1], ports=bench.ports)
+    first, second = bench.published.of(SeriesReady)
+
+    assert (first.data.n_instances, second.data.n_instances) == (1, 2)
+    assert second.data.supersedes == first.data.digest
+
+
+async def test_a_dataset_is_never_complete(bench, maker, make_part_10):
+    """The marker is about a folder of a dataset: all that was ever uploaded into one is not read again."""
+    await bench.upload("incoming/whole/a.dcm", make_part_10(maker.ct()))
+    for key in ("incoming/whole/_COMPLETE", "incoming/_COMPLETE"):
+        await handle_uploads(await bench.upload(key, b""), ports=bench.ports)
+
+    assert bench.published.events == []

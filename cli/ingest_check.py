@@ -1,0 +1,190 @@
+"""`radqueue ingest-check`: what ingest would say to each file of an archive, told on this machine, without AWS.
+
+The files are read by the same children, with the same limits, as in the service. Nothing is sent or kept, and of what
+stands in the files only codes and UIDs are told.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cli import show
+from cli.client import Refused
+from cli.uploads import files
+from services.ingest.decoder import Decoder, Rejected
+from services.ingest.reasons import REASONS, WARNINGS
+from services.ingest.settings import IngestSettings
+from shared.concurrency import all_of, temporary_folder
+from shared.config import load
+from shared.errors import Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What ingest would do with one file."""
+
+    path: str
+    """Of the file; a member of a zip is `archive.zip#7`, counted from 0: the names inside are not told."""
+    taken: bool
+    reason_code: str | None = None
+    place: str = ""
+    """Which element the refusal is about, or which line of code."""
+    warnings: Sequence[str] = ()
+    decoder: str = ""
+    """What read its compressed pixels."""
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Check:
+    """The verdicts on an archive."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def n_refused(self) -> int:
+        """How many files would go into quarantine."""
+        return sum(not verdict.taken for verdict in self.verdicts)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Count reasons, warnings, and what decoded the files that were taken."""
+        counted = {
+            "reasons": Counter(verdict.reason_code for verdict in self.verdicts if verdict.reason_code),
+            "warnings": Counter(code for verdict in self.verdicts for code in verdict.warnings),
+            "decoders": Counter(verdict.decoder or "not compressed" for verdict in self.verdicts if verdict.taken),
+        }
+        return {name: dict(counter.most_common()) for name, counter in counted.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything as one JSON document."""
+        return {
+            "files": [asdict(verdict) for verdict in self.verdicts],
+            "taken": len(self.verdicts) - self.n_refused,
+            "refused": self.n_refused,
+            **self.counts(),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def command(
+    context: typer.Context,
+    *,
+    folder: Annotated[Path, typer.Argument(help="A folder of DICOM files and zips, or one file.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
+    """Read every file as ingest would, here and without AWS, and tell what it would take and what it would refuse.
+
+    Its limits are the service's: set RADQUEUE_DECODERS, RADQUEUE_MAX_PIXEL_BYTES and so on as there.
+    """
+    paths = list(files(folder))
+    if not paths:
+        raise Refused(f"there is no file in {folder}")
+    with _bar(len(paths)) as done:
+        check = asyncio.run(_check(paths, load(IngestSettings, context.obj), done))
+    show.json(check.summary()) if json else _show(check)
+    raise typer.Exit(min(check.n_refused, 1))
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar of files while the body runs, on a terminal."""
+    columns = TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=show.err, transient=True, disable=not show.err.is_terminal) as bar:
+        task = bar.add_task("checking", total=total)
+        yield lambda: bar.advance(task)
+
+
+async def _check(paths: Sequence[Path], settings: IngestSettings, done: Callable[[], None]) -> Check:
+    """Read all files, as many at a time as there are decoders.
+
+    Raises:
+        Refused: a file cannot be opened, or this machine cannot go on.
+    """
+    check, began, left = Check(), time.monotonic(), iter(paths)
+    decoder = Decoder(settings)
+
+    async def work(folder: Path) -> None:
+        for path in left:
+            check.verdicts += await _verdicts(path, folder, decoder, settings)
+            done()
+
+    try:
+        async with temporary_folder("radqueue-check-") as folder:
+            slots = [folder / str(slot) for slot in range(settings.decoders)]
+            for slot in slots:
+                slot.mkdir()
+            await all_of([partial(work, slot) for slot in slots], at_once=len(slots))
+    except Unavailable as error:
+        raise Refused(str(error)) from None
+    except OSError as error:
+        raise Refused(f"cannot read {error.filename}: {error.strerror}") from None
+    finally:
+        await decoder.stop()
+    check.verdicts.sort(key=lambda verdict: verdict.path)
+    check.seconds = time.monotonic() - began
+    return check
+
+
+async def _verdicts(path: Path, folder: Path, decoder: Decoder, settings: IngestSettings) -> list[Verdict]:
+    """Judge one file, or the members of a zip; what lies in a zip beside its images has no verdict."""
+    with path.open("rb"):  # whether it may be read is no question of its content
+        pass
+    if path.stat().st_size > settings.max_upload_bytes:
+        return [Verdict(str(path), taken=False, reason_code="too_large")]
+    try:
+        members = await decoder.unpack(path.resolve(), folder)
+    except Rejected as rejected:
+        return [Verdict(str(path), taken=False, reason_code=rejected.reason_code, place=rejected.place)]
+    if members is None:
+        return [await _verdict(str(path), path.resolve(), folder / "out", decoder)]
+    found = []
+    for member in members:
+        name = f"{path}#{member.number}"
+        if member.reason_code is not None:
+            found.append(Verdict(name, taken=False, reason_code=member.reason_code))
+        elif member.path is not None:
+            found.append(await _verdict(name, Path(member.path), folder / "out", decoder))
+            Path(member.path).unlink()
+    return found or [Verdict(str(path), taken=False, reason_code="not_dicom")]
+
+
+async def _verdict(name: str, path: Path, out: Path, decoder: Decoder) -> Verdict:
+    began = time.monotonic()
+    try:
+        instance = await decoder.normalise(path, out)
+    except Rejected as rejected:
+        seconds = round(time.monotonic() - began, 4)
+        return Verdict(name, taken=False, reason_code=rejected.reason_code, place=rejected.place, seconds=seconds)
+    seconds = round(time.monotonic() - began, 4)
+    return Verdict(name, taken=True, warnings=instance.warnings, decoder=instance.decoder, seconds=seconds)
+
+
+def _show(check: Check) -> None:
+    for verdict in check.verdicts:
+        at = f" (at {verdict.place})" if verdict.place else ""
+        what = "taken in" if verdict.taken else f"[red]refused[/]: {verdict.reason_code}{escape(at)}"
+        more = ", ".join([verdict.decoder] * bool(verdict.decoder) + list(verdict.warnings))
+        show.out.print(f"{escape(verdict.path)}: {what}{f', {more}' if more else ''}, {verdict.seconds:.2f} s")
+    counts = check.counts()
+    for title, meanings in (("reasons", REASONS), ("warnings", WARNINGS)):
+        if counts[title]:
+            table = Table(title[:-1], "files", "meaning", title=title.capitalize(), title_justify="left")
+            for code, n in counts[title].items():
+                table.add_row(code, str(n), meanings.get(code, ""))
+            show.out.print(table)
+    taken = len(check.verdicts) - check.n_refused
+    decoders = ", ".join(f"{name} {n}" for name, n in counts["decoders"].items())
+    show.say(f"{len(check.verdicts)} files: {taken} taken in ({decoders}), {check.n_refused} refused")
+    show.say(f"{check.seconds:.1f} s, nothing was sent or kept")

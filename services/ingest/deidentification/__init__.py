@@ -1,0 +1,328 @@
+"""De-identification of a data set: DICOM PS3.15 Annex E, Basic Application Level Confidentiality Profile, with options.
+
+Theory of operation. `profile.csv` is table E.1-1 of the standard as data (edition 2024e, with the attributes that the
+basic profile has gained until 2026c): for each attribute what the basic profile does, and what each option does
+instead. Where the table leaves a choice (X/Z/D), the last one is taken, which is right for attributes of any type.
+Where the table says nothing the attribute stays, with four exceptions that are stricter than the standard: persons'
+names, long free texts, elements that the data dictionary does not know, and UIDs that are not DICOM's own.
+
+| action | what is done |
+|---|---|
+| X | the element is removed |
+| Z | its value is emptied |
+| D | its value becomes a dummy of its VR; that of PatientID and PatientName is the patient's pseudonym |
+| U | its UID is replaced by a keyed one, the same for the same UID wherever it stands |
+| C | dates are shifted; texts keep the words that are medical vocabulary and no part of what names the patient |
+| K | kept |
+
+Everything new is made by HMAC (RFC 2104) with a secret: the same secret gives the same UIDs, pseudonyms and shifts on
+any worker, and without it nothing can be found by trying. Sequences are treated alike at any depth. Private elements
+are removed; `retain_safe_private` keeps those of `safe_private.csv`, which is table E.3.10-1.
+
+What is drawn into the pixels is no attribute: see `pixels.py`.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date, timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydicom import DataElement, Dataset
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, repeater_has_tag
+from pydicom.sequence import Sequence
+from pydicom.sr.codedict import codes
+from pydicom.tag import BaseTag, Tag
+
+STANDARD_ROOT = "1.2.840.10008."
+"""UIDs below it are DICOM's own: classes, transfer syntaxes, well-known frames of reference (PS3.6 Annex A)."""
+METHOD = "DICOM PS3.15 Annex E, basic profile (radqueue)"
+PSEUDONYM_LENGTH = 16
+LONGEST_SHIFT_DAYS = 3650
+DUMMY_DATE = "19000101"
+DUMMIES: Mapping[str, Any] = {
+    "AS": "000Y",
+    "DA": DUMMY_DATE,
+    "DT": DUMMY_DATE,
+    "TM": "000000",
+    "DS": "0",
+    "IS": "0",
+    **dict.fromkeys(("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"), "REMOVED"),
+    **dict.fromkeys(("FD", "FL"), 0.0),
+    **dict.fromkeys(("SL", "SS", "SV", "UL", "US", "UV"), 0),
+    **dict.fromkeys(("OB", "OD", "OF", "OL", "OV", "OW"), bytes(8)),
+}
+TEXTS = {"LO", "LT", "SH", "ST", "UC", "UT"}
+FREE_TEXTS = {"LT", "ST", "UT"}
+SHORT_TEXTS = {"AE", "CS", "LO", "SH"}
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+_TIME = re.compile(r"[\d.+-]+")
+NUMBERS_AND_TIMES = {
+    "DS": _NUMBER,
+    "IS": _NUMBER,
+    "DA": _TIME,
+    "DT": _TIME,
+    "TM": _TIME,
+    "AS": re.compile(r"\d{3}[DWMY]"),
+}
+_DATE = re.compile(r"\d{8}")
+_WORD = re.compile(r"[^\W\d]\w*|\d+(?:\.\d+)?")
+HERE = Path(__file__).parent
+
+
+class Option(StrEnum):
+    """Options of the basic profile, PS3.15 E.3; the names are those that `datasets.yaml` uses."""
+
+    RETAIN_UIDS = "retain_uids"
+    RETAIN_DEVICE_IDENTITY = "retain_device_identity"
+    RETAIN_INSTITUTION_IDENTITY = "retain_institution_identity"
+    RETAIN_PATIENT_CHARACTERISTICS = "retain_patient_characteristics"
+    RETAIN_FULL_DATES = "retain_full_dates"
+    RETAIN_MODIFIED_DATES = "retain_modified_dates"
+    CLEAN_DESCRIPTORS = "clean_descriptors"
+    RETAIN_SAFE_PRIVATE = "retain_safe_private"
+
+
+BASIC_PROFILE = ("113100", "Basic Application Confidentiality Profile")
+CLEAN_PIXEL_DATA = ("113101", "Clean Pixel Data Option")
+METHOD_CODES: Mapping[Option, tuple[str, str]] = {
+    Option.CLEAN_DESCRIPTORS: ("113105", "Clean Descriptors Option"),
+    Option.RETAIN_FULL_DATES: ("113106", "Retain Longitudinal Temporal Information Full Dates Option"),
+    Option.RETAIN_MODIFIED_DATES: ("113107", "Retain Longitudinal Temporal Information Modified Dates Option"),
+    Option.RETAIN_PATIENT_CHARACTERISTICS: ("113108", "Retain Patient Characteristics Option"),
+    Option.RETAIN_DEVICE_IDENTITY: ("113109", "Retain Device Identity Option"),
+    Option.RETAIN_UIDS: ("113110", "Retain UIDs Option"),
+    Option.RETAIN_SAFE_PRIVATE: ("113111", "Retain Safe Private Option"),
+    Option.RETAIN_INSTITUTION_IDENTITY: ("113112", "Retain Institution Identity Option"),
+}
+"""Codes of the DICOM terminology, PS3.16 CID 7050."""
+
+
+def deidentify(dataset: Dataset, options: Iterable[Option], secret: str, *, pixels_cleaned: bool = False) -> None:
+    """De-identify the data set in place, and have it say so (PS3.15 E.1.1).
+
+    Args:
+        dataset: without a file meta group, which is written anew anyway.
+        options: those chosen; of the two that retain dates, full dates win.
+        secret: key of all pseudonyms.
+        pixels_cleaned: whether annotations were blanked.
+    """
+    chosen = frozenset(options)
+    patient = _text(dataset, "PatientID") or _text(dataset, "StudyInstanceUID")
+    _Cleaner(chosen, secret, patient, _names_in(dataset)).clean(dataset)
+    dataset.PatientIdentityRemoved = "YES"
+    dataset.DeidentificationMethod = METHOD
+    methods = [BASIC_PROFILE, *([CLEAN_PIXEL_DATA] if pixels_cleaned else [])]
+    methods += [METHOD_CODES[option] for option in sorted(chosen)]
+    dataset.DeidentificationMethodCodeSequence = [_code(*method) for method in methods]
+    dataset.LongitudinalTemporalInformationModified = _dates_are(chosen)
+
+
+def pseudonym(patient: str, secret: str) -> str:
+    """Return what stands for the patient: equal for one patient and secret, and nothing is read from it."""
+    return _keyed(secret, "patient", patient).hex()[:PSEUDONYM_LENGTH].upper()
+
+
+def keyed_uid(uid: str, secret: str) -> str:
+    """Return the UID that stands for `uid`: a UUID-derived one, PS3.5 section B.2."""
+    return f"2.25.{int.from_bytes(_keyed(secret, 'uid', uid)[:16], 'big')}"
+
+
+def keyed_hash(value: str, secret: str, n_digits: int) -> str:
+    """Return hex digits that stand for a hash, which by itself would show whoever has the original that it is one."""
+    return _keyed(secret, "hash", value).hex()[:n_digits]
+
+
+def _keyed(secret: str, kind: str, value: str) -> bytes:
+    return hmac.new(secret.encode(), f"{kind}:{value}".encode(), hashlib.sha256).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Cleaner:
+    options: frozenset[Option]
+    secret: str
+    patient: str
+    names: frozenset[str]
+    """Words, in lower case, of what names the patient or another person."""
+
+    def clean(self, dataset: Dataset) -> None:
+        """Clean one level, and what lies below."""
+        kept_private = self._kept_private(dataset) if Option.RETAIN_SAFE_PRIVATE in self.options else set()
+        for tag in list(dataset.keys()):
+            if tag.is_private:
+                if tag not in kept_private:
+                    del dataset[tag]
+                continue
+            try:
+                element = dataset[tag]
+                cleaned = self._cleaned(element)
+            except Exception:  # noqa: BLE001 - pydicom raises what the value makes it raise
+                cleaned = None  # what cannot be read cannot be shown to be harmless
+            if cleaned is None:
+                del dataset[tag]
+            elif cleaned is not element:
+                dataset[tag] = cleaned
+
+    def _cleaned(self, element: DataElement) -> DataElement | None:
+        """Return the element to have instead; None for none."""
+        match self._action(element):
+            case "X":
+                return None
+            case "Z":
+                return DataElement(element.tag, element.VR, self._stand_in(element, empty=True))
+            case "D":
+                return DataElement(element.tag, element.VR, self._stand_in(element, empty=False))
+            case "C":
+                return self._with_clean_value(element)
+        if element.VR == "SQ":
+            for item in element.value:
+                self.clean(item)
+        if element.VR == "UI" and Option.RETAIN_UIDS not in self.options:
+            return DataElement(element.tag, "UI", self._keyed_uids(element.value))
+        return element
+
+    def _action(self, element: DataElement) -> str:
+        tag = element.tag
+        row = _row(tag)
+        if row is not None:
+            asked = {row[option] for option in self.options if row.get(option)}
+            return next((action for action in "KC" if action in asked), row["basic"][-1])
+        if not dictionary_has_tag(tag) and not repeater_has_tag(tag):
+            return "X"
+        return "K" if element.VR not in {"PN", "UN", *FREE_TEXTS} and _fits(element) else "X"
+
+    def _stand_in(self, element: DataElement, *, empty: bool) -> Any:
+        if element.keyword in {"PatientID", "PatientName"}:
+            return pseudonym(self.patient, self.secret)
+        if element.VR == "UI":  # not even empty: what refers to it must go on doing so
+            return self._keyed_uids(element.value)
+        if element.VR == "SQ":
+            return Sequence()
+        return None if empty else DUMMIES.get(element.VR)
+
+    def _keyed_uids(self, value: Any) -> list[str]:
+        uids = [value] if isinstance(value, str) else list(value or [])
+        return [uid if not uid or uid.startswith(STANDARD_ROOT) else keyed_uid(uid, self.secret) for uid in uids]
+
+    def _with_clean_value(self, element: DataElement) -> DataElement | None:
+        if element.VR == "SQ":
+            for item in element.value:
+                self.clean(item)
+            return element
+        values = element.value if element.VM > 1 else [element.value]
+        if element.VR in {"DA", "DT"}:
+            return DataElement(element.tag, element.VR, [self._shifted(str(value or "")) for value in values])
+        if element.VR == "TM":  # whole days are shifted, so times of day stay
+            return element
+        if element.VR in TEXTS:
+            return DataElement(element.tag, element.VR, [self._harmless(str(value or "")) for value in values])
+        return None
+
+    def _shifted(self, text: str) -> str:
+        """Shift a date or a date with time by the patient's days; what is none is emptied."""
+        if not _DATE.match(text):
+            return ""
+        days = 1 + int.from_bytes(_keyed(self.secret, "shift", self.patient)[:4], "big") % LONGEST_SHIFT_DAYS
+        then = date(int(text[:4]), int(text[4:6]), int(text[6:8])) - timedelta(days=days)
+        return f"{then:%Y%m%d}{text[8:]}"
+
+    def _harmless(self, text: str) -> str:
+        """Keep the words that are vocabulary and no name of this data set, and numbers of up to three digits."""
+        words = [word for word in _WORD.findall(text) if self._is_harmless(word)]
+        return " ".join(words)
+
+    def _is_harmless(self, word: str) -> bool:
+        if word[0].isdigit():
+            return len(word) <= 3  # noqa: PLR2004 - a field strength, an angle, a thickness; nobody's number
+        return word.lower() in _vocabulary() and word.lower() not in self.names
+
+    @staticmethod
+    def _kept_private(dataset: Dataset) -> set[BaseTag]:
+        """Return the tags of safe private elements, and of the creators that reserve their blocks (PS3.5 7.8.1)."""
+        kept = set()
+        for tag in dataset.keys():  # noqa: SIM118 - a data set iterates over elements
+            creator_tag = Tag(tag.group, tag.element >> 8)
+            if not tag.is_private or tag.is_private_creator or creator_tag not in dataset:
+                continue
+            creator = str(dataset[creator_tag].value or "").strip()
+            if (tag.group, creator, tag.element & 0xFF) in _safe_private():
+                kept |= {tag, creator_tag}
+        return kept
+
+
+def _fits(element: DataElement) -> bool:
+    """Tell whether the element is what its tag says: pydicom reads what does not fit as a text, which may be any."""
+    known = dictionary_VR(element.tag).split(" or ")
+    if element.VR not in known and not {element.VR, *known} <= SHORT_TEXTS:
+        return False
+    values = element.value if element.VM > 1 else [element.value]
+    pattern = NUMBERS_AND_TIMES.get(element.VR)
+    return pattern is None or all(value in (None, "") or pattern.fullmatch(str(value)) for value in values)
+
+
+def _text(dataset: Dataset, keyword: str) -> str:
+    try:
+        return str(dataset.get(keyword) or "").strip(" \0")
+    except Exception:  # noqa: BLE001 - as above
+        return ""
+
+
+def _names_in(dataset: Dataset) -> frozenset[str]:
+    """Return the words of all persons' names and of the patient's identifiers, at any depth."""
+    words: set[str] = set()
+    for tag in list(dataset.keys()):
+        with contextlib.suppress(Exception):  # as above; an unreadable element is removed anyway
+            element = dataset[tag]
+            if element.VR == "SQ":
+                words |= {word for item in element.value for word in _names_in(item)}
+            elif element.VR == "PN" or element.keyword == "PatientID":
+                words |= {word.lower() for word in _WORD.findall(str(element.value).replace("_", " "))}
+    return frozenset(words)
+
+
+def _code(value: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
+    return item
+
+
+def _dates_are(options: frozenset[Option]) -> str:
+    if Option.RETAIN_FULL_DATES in options:
+        return "UNMODIFIED"
+    return "MODIFIED" if Option.RETAIN_MODIFIED_DATES in options else "REMOVED"
+
+
+@functools.cache
+def _profile() -> dict[str, dict[str, str]]:
+    with (HERE / "profile.csv").open(encoding="ascii", newline="") as file:
+        return {row["tag"]: row for row in csv.DictReader(file)}
+
+
+def _row(tag: BaseTag) -> dict[str, str] | None:
+    """Return the row of an attribute; groups 50xx and 60xx repeat."""
+    exact = f"{int(tag):08X}"
+    rows = _profile()
+    return rows.get(exact) or rows.get(f"{exact[:2]}xx{exact[4:]}") or rows.get(f"{exact[:2]}xxxxxx")
+
+
+@functools.cache
+def _safe_private() -> frozenset[tuple[int, str, int]]:
+    with (HERE / "safe_private.csv").open(encoding="ascii", newline="") as file:
+        rows = csv.DictReader(file)
+        return frozenset((int(row["group"], 16), row["creator"], int(row["element"], 16)) for row in rows)
+
+
+@functools.cache
+def _vocabulary() -> frozenset[str]:
+    """Return the words of DICOM's and SNOMED's terms, as pydicom has them, and what protocols say besides."""
+    terms = [*codes.DCM.dir(), *codes.SCT.dir()]
+    words = {word.lower() for term in terms for word in re.findall(r"[A-Z]?[a-z]+", term)}
+    protocol_words = (HERE / "protocol_words.txt").read_text("ascii").split()
+    return frozenset(word for word in words if len(word) > 1) | set(protocol_words)

@@ -1,0 +1,72 @@
+"""What of an instance may be kept where its dataset is de-identified: it with other UIDs and values, or nothing."""
+
+import io
+from collections.abc import Sequence
+
+from pydicom import Dataset, dcmread
+
+from services.ingest.answers import Instance
+from services.ingest.datasets import BlankRule, Deidentification
+from services.ingest.deidentification import METHOD, deidentify, keyed_hash
+from services.ingest.deidentification.pixels import blank, burned_in_suspected
+from services.ingest.reading import noted_in, part_10, text_of
+from shared.dicom import SHA_LENGTH
+from shared.errors import Unprocessable
+
+
+def protect(instance: Instance, body: bytes, rules: Deidentification, secret: str) -> tuple[Instance, bytes]:
+    """De-identify a normalised instance; return it under its new UIDs, and the file to store.
+
+    The sha in its key is keyed as well: whoever has the original could tell by a plain one that this is it. It depends
+    on the rules, so that an instance that was stored under others is told from this one.
+
+    Raises:
+        Unprocessable: `cannot_deidentify`, `burned_in_suspected`.
+    """
+    dataset = dcmread(io.BytesIO(body))
+    notes = set(noted_in(dataset.file_meta))
+    # Reports, documents, plans and annotations: what they are is text that a person wrote, and the profile removes it.
+    if "PixelData" not in dataset:
+        raise Unprocessable("cannot_deidentify")
+    cleaned = screen(dataset, rules.blank)
+    try:
+        deidentify(dataset, rules.options, secret, pixels_cleaned=cleaned)
+        sop_instance_uid = text_of(dataset, "SOPInstanceUID")
+        stored = part_10(dataset, text_of(dataset, "SOPClassUID"), sop_instance_uid, notes)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - pydicom raises what the values make it raise; what is not clean is not kept
+        raise Unprocessable("cannot_deidentify") from None
+    study_uid, series_uid = text_of(dataset, "StudyInstanceUID"), text_of(dataset, "SeriesInstanceUID")
+    sha = keyed_hash(f"{instance.sha}:{rules.fingerprint()}", secret, SHA_LENGTH)
+    return Instance(study_uid, series_uid, sop_instance_uid, sha, instance.warnings, instance.decoder), stored
+
+
+def screen(dataset: Dataset, rules: Sequence[BlankRule]) -> bool:
+    """Blank the regions of the rules that apply, and tell whether one did.
+
+    Raises:
+        Unprocessable: `burned_in_suspected`: the picture may show who the patient is, and no rule says where.
+    """
+    regions = [region for rule in rules if rule.applies(dataset) for region in rule.regions]
+    try:
+        if regions:
+            blank(dataset, regions)
+    except ValueError:  # of pixels that are not whole bytes, or not one value per pixel
+        raise Unprocessable("burned_in_suspected") from None
+    if burned_in_suspected(dataset):
+        raise Unprocessable("burned_in_suspected")
+    return bool(regions)
+
+
+def is_clean(header: Dataset, rules: Sequence[BlankRule]) -> bool:
+    """Tell whether `screen` would let the picture pass."""
+    if any(rule.applies(header) for rule in rules):
+        return int(header.BitsAllocated) % 8 == 0
+    return not burned_in_suspected(header)
+
+
+def is_protected(header: Dataset) -> bool:
+    """Tell whether an instance says that this profile was applied to it."""
+    said = text_of(header, "PatientIdentityRemoved"), text_of(header, "DeidentificationMethod")
+    return said == ("YES", METHOD)

@@ -1,0 +1,193 @@
+import io
+from datetime import date
+
+import pytest
+from pydicom import Dataset, dcmread, dcmwrite
+from pydicom.data import get_testdata_file
+from pydicom.dataset import FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from services.ingest.deidentification import Option, deidentify, keyed_uid, pseudonym
+from services.ingest.deidentification.pixels import blank, burned_in_suspected
+from tests.ingest.sentinels import planted
+
+SECRET = "a secret"
+
+
+def dataset_of(**values):
+    dataset = Dataset()
+    dataset.SOPClassUID = CTImageStorage
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID = "1.2.1", "1.2.2", "1.2.3"
+    dataset.PatientID, dataset.PatientName, dataset.StudyDate = "ID7", "DOE^JANE", "20240229"
+    for keyword, value in values.items():
+        setattr(dataset, keyword, value)
+    return dataset
+
+
+def written(dataset):
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta = meta
+    file = io.BytesIO()
+    dcmwrite(file, dataset, enforce_file_format=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), (Option.CLEAN_DESCRIPTORS, Option.RETAIN_MODIFIED_DATES, Option.RETAIN_SAFE_PRIVATE)],
+    ids=["basic", "cleaned"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_no_sentinel_survives(options):
+    """No value planted in the table's attributes, private or unknown elements comes through, at any depth."""
+    numbers = iter(range(1, 10_000))
+    dataset = dataset_of()
+    found = planted(dataset, numbers)
+    level = dataset
+    for keyword in ("ReferencedImageSequence", "PurposeOfReferenceCodeSequence", "DerivationCodeSequence"):
+        item = Dataset()
+        found += planted(item, numbers)
+        setattr(level, keyword, Sequence([item]))
+        level = item
+    before = written(dataset)
+
+    assert len(found) > 1200
+    assert all(_bytes(value) in before for value in found)
+
+    deidentify(dataset, options, SECRET)
+    after = written(dataset)
+
+    dates_are_shifted = Option.RETAIN_MODIFIED_DATES in options  # one may become another's
+    searched = [value for value in found if not (dates_are_shifted and len(value) == 8 and value[:2] == "18")]
+    assert [value for value in searched if _bytes(value) in after] == []
+    assert dcmread(io.BytesIO(after)).PatientIdentityRemoved == "YES"
+    assert dataset.ReferencedImageSequence[0].PurposeOfReferenceCodeSequence[0].DerivationCodeSequence[0] is not None
+
+
+def _bytes(value):
+    return value if isinstance(value, bytes) else value.encode()
+
+
+def test_uids_are_the_same_wherever_they_stand():
+    """A UID is replaced by one and the same UID in every place, and DICOM's own UIDs stay."""
+    item = Dataset()
+    item.ReferencedSOPInstanceUID, item.ReferencedSOPClassUID = "1.2.3", CTImageStorage
+    dataset = dataset_of(ReferencedImageSequence=[item], FrameOfReferenceUID="1.2.9")
+    deidentify(dataset, (), SECRET)
+
+    assert dataset.SOPInstanceUID == keyed_uid("1.2.3", SECRET) == item.ReferencedSOPInstanceUID
+    assert dataset.FrameOfReferenceUID == keyed_uid("1.2.9", SECRET)
+    assert dataset.SOPClassUID == item.ReferencedSOPClassUID == CTImageStorage
+    assert keyed_uid("1.2.3", "another secret") != keyed_uid("1.2.3", SECRET)
+    assert len(dataset.SOPInstanceUID) <= 64
+
+
+def test_one_patient_keeps_one_pseudonym_and_one_shift():
+    """Studies of one patient stay together, at their distance in time; another patient's are shifted otherwise."""
+    first, later = dataset_of(), dataset_of(StudyDate="20240301", AcquisitionDateTime="20240302101112.5")
+    other = dataset_of(PatientID="ID8")
+    for dataset in (first, later, other):
+        deidentify(dataset, [Option.RETAIN_MODIFIED_DATES], SECRET)
+
+    assert first.PatientID == first.PatientName == later.PatientID == pseudonym("ID7", SECRET)
+    assert other.PatientID != first.PatientID
+    assert _days(later.StudyDate) - _days(first.StudyDate) == 1
+    assert _days(later.AcquisitionDateTime[:8]) - _days(later.StudyDate) == 1
+    assert later.AcquisitionDateTime[8:] == "101112.5"
+    assert first.StudyDate not in {"20240229", other.StudyDate}
+
+
+def _days(text):
+    return date.fromisoformat(str(text)).toordinal()
+
+
+@pytest.mark.parametrize(
+    ("option", "keyword", "value"),
+    [
+        (Option.RETAIN_UIDS, "SOPInstanceUID", "1.2.3"),
+        (Option.RETAIN_FULL_DATES, "StudyDate", "20240229"),
+        (Option.RETAIN_PATIENT_CHARACTERISTICS, "PatientAge", "045Y"),
+        (Option.RETAIN_DEVICE_IDENTITY, "DeviceSerialNumber", "D1"),
+        (Option.RETAIN_INSTITUTION_IDENTITY, "InstitutionName", "General"),
+    ],
+)
+def test_an_option_keeps_what_the_basic_profile_takes(option, keyword, value):
+    """Each retaining option keeps its attributes, which the basic profile alone replaces or removes."""
+    kept, taken = dataset_of(**{keyword: value}), dataset_of(**{keyword: value})
+    deidentify(kept, [option], SECRET)
+    deidentify(taken, [], SECRET)
+
+    assert kept.get(keyword) == value
+    assert taken.get(keyword) != value
+    assert len(kept.DeidentificationMethodCodeSequence) == 2
+
+
+def test_a_safe_private_element_stays_with_its_creator():
+    """With the option, a private element of the standard's list stays, and its neighbour in the block goes."""
+    dataset = dataset_of()
+    block = dataset.private_block(0x7053, "Philips PET Private Group", create=True)
+    block.add_new(0x00, "DS", "0.5")
+    block.add_new(0x01, "LO", "DOE")
+    deidentify(dataset, [Option.RETAIN_SAFE_PRIVATE], SECRET)
+
+    kept = dataset.private_block(0x7053, "Philips PET Private Group")
+    assert kept[0x00].value == 0.5
+    assert 0x01 not in kept
+
+
+def test_descriptors_keep_vocabulary_and_lose_names():
+    """A cleaned description keeps medical words; names, long numbers and words of the patient's name go."""
+    dataset = dataset_of(
+        PatientName="ARM^THORAX", SeriesDescription="Smithers CT thorax axial 1.5 for 0123456 arm of Dr Jones T2w"
+    )
+    deidentify(dataset, [Option.CLEAN_DESCRIPTORS], SECRET)
+
+    words = dataset.SeriesDescription.split()
+    assert {"CT", "axial", "1.5", "T2w"} <= set(words)
+    assert not {"Smithers", "0123456", "Jones", "thorax", "arm"} & set(words)
+
+
+def test_a_value_that_cannot_be_read_is_removed():
+    """An element whose value does not fit its VR goes, for nobody can show that it is harmless."""
+    dataset = dataset_of()
+    dataset.add_new(0x00181151, "IS", "77")
+    broken = written(dataset).replace(b"IS\x02\x0077", b"IS\x02\x00DO")
+    raw = dcmread(io.BytesIO(broken))
+    deidentify(raw, [], SECRET)
+
+    assert "XRayTubeCurrent" not in raw
+
+
+@pytest.mark.parametrize(
+    ("changes", "suspected"),
+    [
+        ({}, False),
+        ({"BurnedInAnnotation": "YES"}, True),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.1"}, True),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, True),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "BurnedInAnnotation": "NO"}, False),
+        ({"Modality": "ES"}, True),
+    ],
+)
+def test_burned_in_annotation_is_suspected_by_kind(changes, suspected):
+    """Screens, ultrasound and photographs are suspected unless they deny it; a CT is not."""
+    assert burned_in_suspected(dataset_of(**changes)) is suspected
+
+
+@pytest.mark.parametrize("name", ["examples_rgb_color.dcm", "CT_small.dcm", "rtdose.dcm"])
+def test_regions_are_blanked_in_every_frame(name):
+    """A blanked region is zero in all frames and samples, and nothing outside of it changes."""
+    dataset = dcmread(get_testdata_file(name))
+    before = dataset.pixel_array.copy()
+    blank(dataset, [(2, 3, 10, 5)])
+    after = dataset.pixel_array
+
+    inside = (slice(3, 8), slice(2, 12)) if before.shape[-1] == 3 else (..., slice(3, 8), slice(2, 12))
+    assert not after[inside].any()
+    expected = before.copy()
+    expected[inside] = 0
+    assert (after == expected).all()
+    assert dataset.BurnedInAnnotation == "NO"
