@@ -19,6 +19,8 @@ from shared.messages import (
     InferenceCompleted,
     InferenceFailed,
     InferenceSkipped,
+    MapRejected,
+    MapUpdated,
     ReportRequested,
     SeriesReady,
     TrainingCompleted,
@@ -161,6 +163,14 @@ def _count_failed_run(event: InferenceFailed, metrics: Metrics) -> None:
     metrics.put(declared.INFERENCE_FAILURES, 1, at=event.time, Map=run.map, Reason=run.reason_code)
 
 
+def _count_updated_map(event: MapUpdated, metrics: Metrics) -> None:
+    metrics.put(declared.MAP_VERSIONS, 1, at=event.time, Map=event.data.map, Outcome="updated")
+
+
+def _count_rejected_map(event: MapRejected, metrics: Metrics) -> None:
+    metrics.put(declared.MAP_VERSIONS, 1, at=event.time, Map=event.data.map, Outcome="rejected")
+
+
 def _count_round(event: TrainingRoundCompleted, metrics: Metrics) -> None:
     found = event.data.evaluation
     where = {"Dataset": event.data.dataset, "Space": found.space}
@@ -184,6 +194,8 @@ COUNTS: dict[type[Event], Callable[[Any, Metrics], None]] = {
     InferenceSkipped: _count_skipped,
     InferenceCompleted: _count_completed_run,
     InferenceFailed: _count_failed_run,
+    MapUpdated: _count_updated_map,
+    MapRejected: _count_rejected_map,
     TrainingRoundCompleted: _count_round,
     TrainingCompleted: _count_completed_training,
     TrainingFailed: _count_failed_training,

@@ -13,6 +13,7 @@ from services.reporter.aggregate import MapStatistics, Report, Round, Training, 
 from services.reporter.html import Child, document, el
 from services.reporter.plots import durations_plot, number, relative, rounds_plot, seconds
 from services.reporter.style import CSS
+from shared.messages import Memorisation
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -164,10 +165,10 @@ def _rounds_figure(training: Training) -> Element:
 
 
 def _rounds_table(training: Training) -> Element:
-    head = ("Round", "Steps", "Duration", "Distance", "Floor", "Relative", "Changed")
+    head = ("Round", "Steps", "Duration", "Distance", "Floor", "Relative", "Coverage", "Copies", "Changed")
     changes = [None, *(_changes(before.config, after.config) for before, after in pairwise(training.rounds))]
     rows = [_round_row(done, changed) for done, changed in zip(training.rounds, changes, strict=True)]
-    table = _table(head, rows, numeric=6)
+    table = _table(head, rows, numeric=8)
     used = training.rounds_used
     if used is not None and used > len(training.rounds):
         note = el("p", f"{used} rounds in all; earlier ones are in an earlier month's report.", class_="note")
@@ -184,8 +185,17 @@ def _round_row(done: Round, changed: Sequence[str] | None) -> list[Child]:
         number(found.distance),
         number(found.floor),
         el("b", relative(found.relative_fd), el("span", " ✓", class_="mark") if done.approved else None),
+        f"{found.quality.coverage:.2f}" if found.quality else "-",
+        _copies(found.memorisation),
         el("span", *(el("code", change, class_="change") for change in changed)) if changed else "-",
     ]
+
+
+def _copies(found: Memorisation | None) -> Child:
+    if found is None:
+        return "-"
+    told = f"{found.copied_share:.0%}"
+    return el("b", told, " flagged") if found.flagged else told
 
 
 def _changes(before: Config, after: Config) -> list[str]:

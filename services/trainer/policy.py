@@ -32,6 +32,8 @@ class Observation:
     margin: float
     """Mean of D(real) - D(generated) over the round's last steps."""
     config: Mapping[str, Value]
+    copies: bool = False
+    """Whether the generated images are copies of training images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,17 @@ def decide(config: Mapping[str, Value], history: Sequence[Observation], divergen
     return decision
 
 
+def accepts(relative_fd: float, threshold: float, *, copies: bool) -> bool:
+    """Tell whether a model is good enough. One that copies patients never is, however near its images are."""
+    return relative_fd <= threshold and not copies
+
+
 def best_round(history: Sequence[Observation]) -> int:
-    """Return the number, from 1, of the round with the lowest relative_fd; the first of equals."""
-    return min(range(len(history)), key=lambda index: history[index].relative_fd) + 1
+    """Return the number, from 1, of the round with the lowest relative_fd; the first of equals.
+
+    A round that copies is the best one only where all do.
+    """
+    return min(range(len(history)), key=lambda index: (history[index].copies, history[index].relative_fd)) + 1
 
 
 def _after(config: Mapping[str, Value], history: Sequence[Observation]) -> Decision:

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import bench_inference, bench_queue
+from tests.benchmarks import bench_inference, bench_queue, bench_trainer
 
 LATEST = Path(__file__).parent.parent.parent / "benchmarks" / "latest.json"
-BENCHES = (bench_inference, bench_queue)
+BENCHES = (bench_inference, bench_queue, bench_trainer)
 
 
 def main() -> None:

@@ -16,11 +16,20 @@ from services.reporter.handler import COUNTS, RecentIds, record, report
 from services.reporter.settings import ReporterSettings
 from shared.config import load
 from shared.errors import Unavailable
-from shared.messages import EVENT_TYPES, ReportRequest, ReportRequested
+from shared.messages import (
+    EVENT_TYPES,
+    MapRejected,
+    MapUpdated,
+    RejectedMap,
+    ReportRequest,
+    ReportRequested,
+    UpdatedMap,
+)
 from shared.metrics import Metrics
 from shared.objects import ObjectStore
 from tests.reporter.month import (
     MAY,
+    digest,
     inference_completed,
     inference_skipped,
     png_grid,
@@ -95,6 +104,22 @@ async def test_a_series_without_a_route_is_an_outcome_of_no_map(objects):
 
     assert sent["MetricName"] == "InferenceOutcomes"
     assert {one["Name"]: one["Value"] for one in sent["Dimensions"]} == {"Map": "none", "Outcome": "no_route"}
+
+
+async def test_new_versions_of_maps_are_counted(objects):
+    """An alarm on a MAP that was rejected needs no more than this metric."""
+    cloudwatch = Remembered()
+    metrics = Metrics(cloudwatch, clock=lambda: MAY)
+    rejected = RejectedMap(map="m", map_digest=digest(1), source="m", reason_code="no_output", serving_digest=digest(2))
+    updated = UpdatedMap(map="m", map_digest=digest(3), source="m", previous_digest=digest(2))
+    for event in (MapRejected.of("m", rejected, time=MAY), MapUpdated.of("m", updated, time=MAY)):
+        log = EventLog(objects, max_events=1, max_wait_s=0)
+        await record(event, events=log, metrics=metrics, recent=RecentIds(1))
+    await metrics.flush()
+    told = [{one["Name"]: one["Value"] for one in sent["Dimensions"]} for sent in cloudwatch.sent]
+
+    assert {sent["MetricName"] for sent in cloudwatch.sent} == {"MapVersions"}
+    assert told == [{"Map": "m", "Outcome": "rejected"}, {"Map": "m", "Outcome": "updated"}]
 
 
 async def test_what_could_not_be_written_is_not_counted(aws):

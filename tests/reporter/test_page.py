@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 from services.reporter.aggregate import Tally
 from services.reporter.page import page
-from shared.messages import TrainingCompleted
+from shared.messages import Memorisation, Quality, TrainingCompleted, TrainingRoundCompleted
 from tests.reporter.month import (
     evaluation,
     inference_completed,
@@ -98,6 +98,21 @@ def test_an_image_that_is_gone_is_named():
 
         assert parsed.of("img") == []
         assert "models/r/images.png" in parsed.texts
+
+
+def test_coverage_and_copies_stand_beside_the_distance():
+    """A round that was tested for them tells coverage and copies, and whether it was flagged; an older one does not."""
+    old, new = training_round("r", 1, 3.0), training_round("r", 2, 1.5)
+    values = {"kid": 0.1, "kid_spread": 0.1, "precision": 0.9, "recall": 0.8, "density": 1.0, "sliced_wasserstein": 0.1}
+    quality = Quality(coverage=0.74, **values)
+    copies = Memorisation(n=100, n_held_out=50, copied_share=0.12, far_nearer_share=0.1, flagged=True)
+    judged = new.data.evaluation.model_copy(update={"quality": quality, "memorisation": copies})
+    new = TrainingRoundCompleted.of("r/2", new.data.model_copy(update={"evaluation": judged}), time=new.time)
+    texts = rendered(old, new).texts
+    first, second = (texts.index(steps) for steps in ("400", "800"))
+
+    assert texts[first + 5 : first + 7] == ["-", "-"]
+    assert texts[second + 5 : second + 8] == [" ✓", "0.74", "12% flagged"]
 
 
 def test_nothing_comes_from_outside():

@@ -4,17 +4,14 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional
+from torchmetrics.image.fid import FrechetInceptionDistance
 
-from services.trainer.frechet import calculate_fid, frechet_distance, randconv_features
+from services.trainer.features import randconv_features
+from services.trainer.frechet import calculate_fid, frechet_distance
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def textbook(a: np.ndarray, b: np.ndarray) -> float:
@@ -52,6 +49,28 @@ def test_fewer_images_than_features_is_exact():
     wide = [torch.from_numpy(np.pad(x, ((0, 0), (0, 59))) @ turn) for x in (a, b)]
 
     assert frechet_distance(*wide) == pytest.approx(textbook(a, b), rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(60, 60), (60, 300), (300, 300)], ids=["few", "few_and_many", "many"])
+def test_equals_torchmetrics(n, m):
+    """Whether there are fewer images than features or more, an independent implementation finds the same distance."""
+    d = 64
+    a, b = (torch.from_numpy(np.random.default_rng(seed).normal(seed, seed, (k, d))) for seed, k in ((1, n), (2, m)))
+    metric = FrechetInceptionDistance(feature=nn.Identity(), input_img_size=(d,)).set_dtype(torch.float64)
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+
+    assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0, 1e-9, 1e-7])
+def test_nearly_singular_covariances_lose_no_digits(noise):
+    """With features that are copies of others up to rounding, the distance is that of the features without them."""
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(200, 6)), rng.normal(0.1, 1.1, size=(200, 6))
+    repeated = [torch.from_numpy(np.concatenate((x, x + noise * rng.normal(size=x.shape)), axis=1)) for x in (a, b)]
+
+    assert frechet_distance(*repeated) == pytest.approx(2 * textbook(a, b), rel=1e-6)
 
 
 def test_of_shifted_and_scaled_gaussians_is_the_analytic_one():

@@ -18,12 +18,11 @@ from services.trainer.__main__ import WORKER
 from services.trainer.config import TrainingConfig
 from services.trainer.handler import Ports, handle
 from services.trainer.jsconfig import modify_config, read_config
-from services.trainer.lease import under_lease
 from services.trainer.networks import Generator, build_gan_model
 from services.trainer.settings import TrainerSettings
 from shared.child import Child
 from shared.config import Misconfigured, load
-from shared.errors import Continue, Unavailable, Unprocessable
+from shared.errors import Claimed, Continue, Unavailable, Unprocessable
 from shared.messages import (
     TrainingCompleted,
     TrainingFailed,
@@ -254,7 +253,7 @@ async def test_one_of_two_workers_trains(objects, start, dataset):
     first, second = start(objects), start(objects)
     training = asyncio.create_task(first.handle(asked))
     await asyncio.wait_for(first.worker.busy.wait(), WITHIN_S)
-    with pytest.raises(Unavailable, match="held by another"):
+    with pytest.raises(Claimed):
         await second.handle(asked)
     assert second.worker.asked == []
 
@@ -268,118 +267,6 @@ async def test_one_of_two_workers_trains(objects, start, dataset):
     taken_over.cancel()
     await asyncio.gather(taken_over, return_exceptions=True)
     assert first.published == second.published == []
-
-
-async def test_lost_lease_stops_the_work(objects):
-    """A worker whose lease another one took stops, says so, and leaves the other's lease alone."""
-    key = f"models/{uuid.uuid4().hex}/lease.json"
-    stopped = asyncio.Event()
-
-    async def work(_: int) -> None:
-        await objects.put(key, json.dumps({"owner": "another", "epoch": 7, "ends": "2999-01-01T00:00:00Z"}).encode())
-        try:
-            await asyncio.Event().wait()
-        finally:
-            stopped.set()
-
-    with pytest.raises(Unavailable, match="lease lost"):
-        await under_lease(objects, key, work, lease_s=0.3, clock=lambda: datetime.now(UTC))
-
-    assert stopped.is_set()
-    assert (await document(objects, key))["owner"] == "another"
-
-
-class Hanging(ObjectStore):
-    """A store where renewals go wrong as told: `error` is raised once, `unanswered` are stored and not answered."""
-
-    unanswered = 0
-    error: Exception | None = None
-    renewals = 0
-
-    async def put_if_match(self, key, body, etag):
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
-        stored = await super().put_if_match(key, body, etag)
-        if self.unanswered:
-            self.unanswered -= 1
-            await asyncio.Event().wait()
-        self.renewals += stored is not None
-        return stored
-
-
-async def test_lease_survives_a_renewal_that_is_not_answered(aws, local_aws):
-    """S3 stores a renewal and its answer gets lost: the lease is still known as ours, and renewed on time."""
-    store = Hanging(aws.s3, local_aws.bucket)
-    store.unanswered = 1
-    began = asyncio.get_running_loop().time()
-
-    async def work(_: int) -> float:
-        await until(lambda: store.renewals >= 5)
-        return asyncio.get_running_loop().time() - began
-
-    key = f"models/{uuid.uuid4().hex}/lease.json"
-    took_s = await under_lease(store, key, work, lease_s=2, clock=lambda: datetime.now(UTC))
-    held = await document(store, key)
-
-    assert took_s > 1.5
-    assert held["epoch"] == 1
-    assert datetime.fromisoformat(held["ends"]) <= datetime.now(UTC), "the lease was given back"
-
-
-async def test_lease_ends_on_time_where_s3_hangs(aws, local_aws):
-    """Renewals that are never answered do not let a worker believe in a lease that another one may take."""
-    store = Hanging(aws.s3, local_aws.bucket)
-    store.put_if_match = lambda *_: asyncio.Event().wait()
-    began = asyncio.get_running_loop().time()
-    with pytest.raises(Unavailable, match="lease lost"):
-        await under_lease(
-            store,
-            f"models/{uuid.uuid4().hex}/lease.json",
-            lambda _: asyncio.Event().wait(),
-            lease_s=0.6,
-            clock=lambda: datetime.now(UTC),
-        )
-
-    assert asyncio.get_running_loop().time() - began < 2
-
-
-async def test_bug_in_a_renewal_is_no_lost_lease(aws, local_aws):
-    """What is no answer of S3 is raised as what it is."""
-    store = Hanging(aws.s3, local_aws.bucket)
-    store.error = ZeroDivisionError()
-    with pytest.raises(ZeroDivisionError):
-        await under_lease(
-            store,
-            f"models/{uuid.uuid4().hex}/lease.json",
-            lambda _: asyncio.Event().wait(),
-            lease_s=0.6,
-            clock=lambda: datetime.now(UTC),
-        )
-
-
-async def test_ended_lease_is_taken_over_with_the_next_epoch(objects):
-    """A lease whose owner died is taken by one of many when it has ended; all others are turned away."""
-    key = f"models/{uuid.uuid4().hex}/lease.json"
-    await objects.put(key, json.dumps({"owner": "dead", "epoch": 7, "ends": "2020-01-01T00:00:00Z"}).encode())
-    epochs: list[int] = []
-    turned_away = asyncio.Event()
-
-    async def work(epoch: int) -> None:
-        epochs.append(epoch)
-        await turned_away.wait()
-
-    async def contend() -> None:
-        try:
-            await under_lease(objects, key, work, lease_s=60, clock=lambda: datetime.now(UTC))
-        except Unavailable:
-            turned_away.set()
-            raise
-
-    results = await asyncio.gather(contend(), contend(), return_exceptions=True)
-
-    assert epochs == [8]
-    assert sorted(type(result) for result in results if result) == [Unavailable]
 
 
 @pytest.mark.parametrize(

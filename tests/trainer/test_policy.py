@@ -1,6 +1,6 @@
 import pytest
 
-from services.trainer.policy import Observation, best_round, decide
+from services.trainer.policy import Observation, accepts, best_round, decide
 
 CONFIG = {"learningRate": 1e-3, "gamma": 3.0, "steps": 100}
 
@@ -48,3 +48,13 @@ def test_changes_stay_within_bounds():
 def test_best_round_is_the_first_of_the_lowest():
     """The model that is kept is that of the lowest relative distance; of equals, the earlier one."""
     assert best_round(seen(3.0, 2.0, 2.0, 4.0)) == 2
+
+
+def test_a_model_that_copies_is_never_accepted_and_kept_only_where_all_copy():
+    """However near its images are, a round that copies is neither good enough nor the best beside one that does not."""
+    history = [Observation(distance, 0.5, CONFIG, copies) for distance, copies in ((3.0, False), (0.1, True))]
+
+    assert accepts(2.0, 2.0, copies=False)
+    assert not accepts(0.1, 2.0, copies=True)
+    assert best_round(history) == 1
+    assert best_round(history[1:]) == 1
