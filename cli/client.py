@@ -127,6 +127,18 @@ class Client:
             # Without threads: the files are small and many, and the progress is told in order.
             self._s3.upload_file(str(path), self.bucket, key, Callback=told, Config=TransferConfig(use_threads=False))
 
+    def put(self, key: str, body: bytes) -> None:
+        """Store an object."""
+        with self._explained():
+            self._s3.put_object(Bucket=self.bucket, Key=key, Body=body)
+
+    def copy(self, key: str, to: str) -> None:
+        """Copy an object inside S3, whatever its size."""
+        with self._explained():
+            self._s3.copy(
+                {"Bucket": self.bucket, "Key": key}, self.bucket, to, Config=TransferConfig(use_threads=False)
+            )
+
     def download(self, key: str, path: Path) -> None:
         """Write the object into a file, whose folder is made if it is not there."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from cli.client import Client, Refused, Stored
 from cli.uploads import Instance, Upload, instances
+from services.inference.records import StudyRouting, result_prefix, study_prefix
 from shared.dicom import Revision, revision_key, series_prefix, stored_instance
 
 POLL_S = 1.0
@@ -59,6 +60,8 @@ class Series:
     revisions: dict[str, Revision] = field(default_factory=dict)
     routes: list[str] | None = None
     """The MAPs that run on the revision `routed_digest`."""
+    study_routes: list[str] = field(default_factory=list)
+    """The MAPs that are given the whole study with that revision."""
     routed_digest: str | None = None
     looks: int = 0
 
@@ -123,6 +126,8 @@ class Journey:
         """Of objects that belong to no series."""
         self.waiting_for: set[str] = set()
         """Hashes of objects that are no DICOM: only a rejection can come of them."""
+        self._decisions: dict[str, StudyRouting] = {}
+        """What was decided for whole studies, by key."""
         self._uploads = {upload.sha256: upload for upload in uploads}
         by_uid: dict[tuple[str, str], Series] = {}
         for upload in self._uploads.values():
@@ -251,16 +256,39 @@ class Journey:
         if series.routes is None or series.routed_digest != series.digest:
             routing = self._client.get_json(f"{prefix}routing.json") or {}
             series.routes, series.routed_digest = [route["map"] for route in routing["maps"]], series.digest
-        if not series.routes:
-            series.stage = "skipped"
-            return
-        for name in series.routes:
-            if name not in series.maps and (ended := _ended(keys, f"{prefix}{name}@")) is not None:
+            series.study_routes = routing.get("study_maps", [])
+        starts = {name: f"{prefix}{name}@" for name in series.routes}
+        if series.study_routes:
+            given = self._study_results(series)
+            if given is None:
+                return  # the study has not settled yet
+            starts |= given
+            keys += [key for start in given.values() for key in _keys(self._client.stored(start))]
+        for name, start in starts.items():
+            if name not in series.maps and (ended := _ended(keys, start)) is not None:
                 series.maps[name] = json.loads(self._client.get(ended) or b"{}")
-        if len(series.maps) == len(series.routes):
-            series.stage = _end_of(series.maps.values())
-        elif all(_under(keys, f"{prefix}{name}@", "outputs.json") for name in series.routes):
-            series.stage = "inferred"
+        series.stage = _stage_of(series, starts, keys)
+
+    def _study_results(self, series: Series) -> dict[str, str] | None:
+        """Return where each MAP's results of the whole study are, by the newest decision that has this revision.
+
+        None: nothing was decided yet. A MAP that another worker's table had, and the deciding one's has not, is left
+        out.
+        """
+        prefix = study_prefix(series.study_uid)
+        decided = []
+        for key in _keys(self._client.stored(prefix)):
+            if key.endswith("/routing.json"):
+                if key not in self._decisions:
+                    self._decisions[key] = StudyRouting.model_validate_json(self._client.get(key) or b"")
+                decided.append(self._decisions[key])
+        uids = series.series_uid, series.digest
+        fitting = [one for one in decided if uids in [(ref.series_uid, ref.digest) for ref in one.series]]
+        if not fitting:
+            return None
+        newest = max(fitting, key=lambda one: one.time)
+        tasks = [task for task in newest.tasks if task.map in series.study_routes]
+        return {task.map: result_prefix(task).rpartition("@")[0] + "@" for task in tasks}
 
     def _rejection(self, sha256: str, upload_sha256: str) -> Rejection | None:
         upload = self._uploads[upload_sha256]
@@ -283,6 +311,15 @@ def _under(keys: Iterable[str], start: str, ending: str) -> str | None:
 
 def _ended(keys: Sequence[str], start: str) -> str | None:
     return _under(keys, start, "result.json") or _under(keys, start, "failure.json")
+
+
+def _stage_of(series: Series, starts: dict[str, str], keys: Sequence[str]) -> str:
+    if not starts:
+        return "skipped"
+    if starts.keys() <= series.maps.keys():
+        return _end_of(series.maps.values())
+    inferred = all(_under(keys, start, "outputs.json") for start in starts.values())
+    return "inferred" if inferred else series.stage
 
 
 def _end_of(results: Iterable[dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Never
 import typer
 from typer.core import TyperGroup
 
-from cli import orders, show
+from cli import ingest_check, maps, orders, quarantine, show
 from cli.client import QUEUES, Client, Refused, WrongUsage
 from cli.up import ROOT, SERVICES, Stack, StackFailed, read_env
 from shared.config import Misconfigured
@@ -298,6 +298,8 @@ def demo(
     raise typer.Exit(EXIT_FAILED if ran.failures else 0)
 
 
+app.add_typer(maps.app, name="map")
+app.add_typer(quarantine.app, name="quarantine")
 dlq_app = typer.Typer(no_args_is_help=True, help="What could not be handled, and why.")
 app.add_typer(dlq_app, name="dlq")
 
@@ -337,6 +339,9 @@ def redrive(
     moving = dlq.Redrive(client, dlq.place_of(client, queue), reason, at_most, dry_run, show.progress)
     moving.run()
     show.json(moving.summary()) if json else show.say(moving.verdict)
+
+
+app.command("ingest-check")(ingest_check.command)
 
 
 class Signalled(BaseException):

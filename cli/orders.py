@@ -67,6 +67,7 @@ def fetch_results(client: Client, study_uid: str, out: Path) -> list[dict[str, A
     for (series, name), result in newest.items():
         folder = out / series / name
         files = list(_download(client, result["outputs"], folder))
+        files += _download_files(client, result.get("files", []), folder)
         (folder / "result.json").write_text(json.dumps(result, indent=1))
         warnings = _revision(client, result).get("warnings", [])
         found.append(result | {"files": [str(path) for path in files], "warnings": warnings})
@@ -94,6 +95,14 @@ def _download(client: Client, outputs: Sequence[dict[str, Any]], folder: Path) -
     for output in outputs:
         path = folder / f"{Path(output['sop_instance_uid']).name}.dcm"
         client.download(output["key"], path)
+        yield path
+
+
+def _download_files(client: Client, files: Sequence[dict[str, Any]], folder: Path) -> Iterator[Path]:
+    """Fetch what is no DICOM, each under the number and the name that its key ends in."""
+    for file in files:
+        path = folder.joinpath(*Path(file["key"]).parts[-2:])
+        client.download(file["key"], path)
         yield path
 
 

@@ -26,8 +26,8 @@ LABELS = {"skipped": "skipped (no route)", "no_match": "no matching series"}
 """Stages that do not explain themselves."""
 WIDTH = 160
 """Columns where there is no terminal to ask."""
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else WIDTH)
+out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, width=None if sys.stderr.isatty() else WIDTH)
 
 
 _said: set[str] = set()

@@ -60,7 +60,7 @@ def collect(paths: Sequence[Path], dataset: str) -> list[Upload]:
         Refused: a path cannot be read, or there is nothing to send.
     """
     uploads: dict[str, Upload] = {}
-    for path in (found for given in paths for found in _files(given)):
+    for path in (found for given in paths for found in files(given)):
         try:
             digest = _sha256(path)
             size = path.stat().st_size
@@ -87,7 +87,8 @@ def instances(upload: Upload) -> list[Instance]:
     return [instance for instance in found if instance is not None]
 
 
-def _files(given: Path) -> Iterator[Path]:
+def files(given: Path) -> Iterator[Path]:
+    """Yield a file, or the files in a folder and below; hidden ones are left out."""
     if given.is_dir():
         for path in sorted(given.rglob("*")):
             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(given).parts):

@@ -261,7 +261,9 @@ def test_results_are_the_newest_of_each_series_and_map(invoke, local_aws, tmp_pa
         prefix = f"results/1.2.77/1.2.77.1/{digest}/a_map@{'e' * 16}/"
         put(f"{prefix}attempts/x/{uid}.dcm", uid.encode())
         outputs = [{"sop_instance_uid": uid, "key": f"{prefix}attempts/x/{uid}.dcm"}]
-        result = {"map": "a_map", "outcome": "completed", "outputs": outputs, "time": finished}
+        put(f"{prefix}attempts/x/files/0/report.txt", b"found nothing")
+        files = [{"key": f"{prefix}attempts/x/files/0/report.txt"}]
+        result = {"map": "a_map", "outcome": "completed", "outputs": outputs, "files": files, "time": finished}
         put(f"{prefix}result.json", json.dumps(result | {"inputs": [{"revision_key": revision_key}]}).encode())
 
     put("studies/1.2.78/1.2.78.1/any", b"")
@@ -272,6 +274,7 @@ def test_results_are_the_newest_of_each_series_and_map(invoke, local_aws, tmp_pa
     assert fetched.exit_code == 0
     assert [path.name for path in (tmp_path / "out").rglob("*.dcm")] == ["1.2.dcm"]
     assert (tmp_path / "out" / "1.2.77.1" / "a_map" / "1.2.dcm").read_bytes() == b"1.2"
+    assert (tmp_path / "out" / "1.2.77.1" / "a_map" / "0" / "report.txt").read_bytes() == b"found nothing"
     assert json.loads(fetched.stdout)[0]["warnings"] == ["gantry_tilt"]
     assert "gantry_tilt: A tilted gantry" in invoke("results", "1.2.77", "--out", tmp_path / "out").output
     assert "has no results yet" in invoke("results", "1.2.78", "--out", tmp_path).output

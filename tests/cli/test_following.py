@@ -8,7 +8,9 @@ from cli.journey import Journey
 from cli.orders import Training, training_request
 from cli.phantom import Patient, write_ct_series
 from cli.uploads import collect, instances
+from services.inference.records import result_prefix
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key
+from shared.messages import InferenceTask
 
 MAP = f"a_map@{'e' * 16}"
 
@@ -48,7 +50,8 @@ class Bucket:
         return f"results/{revision.study_uid}/{revision.series_uid}/{revision.digest}/"
 
     def refuse(self, one, reason_code):
-        self.put(f"quarantine/{one}/reason.json", {"reason_code": reason_code, "place": "Rows"})
+        told = {"dataset": "d", "upload_key_sha256": one, "time": "2026-01-01T00:00:00+00:00"}
+        self.put(f"quarantine/{one}/reason.json", {"reason_code": reason_code, "place": "Rows", **told})
 
 
 @pytest.fixture
@@ -211,3 +214,34 @@ def test_a_failed_training_is_told_by_its_numbers_and_an_earlier_failure_is_none
     training.wait(0)
     assert (training.state, training.approved) == ("failed: too_little_data", False)
     assert "found 24 images to train on and 0 of other patients" in training.why
+
+
+def test_a_study_level_map_is_waited_for_and_its_result_is_the_series_result(client, bucket, uploaded):
+    """A series whose study is given to a MAP as a whole goes on until the newest decision that has it has ended."""
+    uploads, found = uploaded
+    prefix = bucket.settle(found)
+    study_uid, series_uid, digest = prefix.split("/")[1:4]
+    ref = {"study_uid": study_uid, "series_uid": series_uid, "digest": digest, "revision_key": "k"}
+    late = ref | {"series_uid": "1.2.3"}
+    place = f"results/{study_uid}/study/"
+
+    def decide(name, minute, *refs):
+        task = {"map": "a_map", "map_digest": "e" * 16, "inputs": refs}
+        told = {"series": refs, "tasks": [task], "time": f"2026-01-01T00:{minute:02}:00Z"}
+        bucket.put(f"{place}{name}/routing.json", told)
+        return result_prefix(InferenceTask.model_validate(task))
+
+    journey = Journey(client, uploads)
+    bucket.put(f"{prefix}routing.json", {"maps": [], "study_maps": ["a_map"]})
+    seen = [stage(journey)]
+    decide("one", 1, ref)
+    seen.append(stage(journey))
+    both = decide("two", 2, ref, late)
+    bucket.put(f"{both}outputs.json", {})
+    seen.append(stage(journey))
+    bucket.put(f"{both}result.json", {"outcome": "completed", "outputs": [{"sop_instance_uid": "1.2"}]})
+    seen.append(stage(journey))
+
+    assert both.startswith(place)
+    assert seen == ["settled", "settled", "inferred", "pushed"]
+    assert journey.series[0].outputs == [{"sop_instance_uid": "1.2"}]
