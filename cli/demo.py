@@ -39,7 +39,7 @@ REAL_ARRAYS = 8
 LEGENDS = {"ct_tissues": "labels are HU classes: contrast in vessels above 200 HU counts as bone"}
 """What to know of a MAP's labels before looking at them."""
 
-TRAINING: dict[str, Any] = {"overrides": {"steps": 60}, "threshold": 1.8, "max_rounds": 8, "n_images": 64}
+TRAINING: dict[str, Any] = {"overrides": {"steps": 60}, "threshold": 2.6, "max_rounds": 8, "n_images": 64}
 """Short rounds and a strict threshold, so that the training is seen to be judged, changed and continued."""
 
 INGEST_TIMEOUT_S = 600.0
