@@ -188,12 +188,19 @@ def release_(
     client = Client(context.obj)
     to = None if dataset is None else orders.name(dataset)
     found = chosen(client, hashes or [], reason=_known_reason(reason), dataset=None, released=bool(hashes))
-    given = {refusal.sha256: release(client, refusal, to) for refusal in found}
+    given, gone = {}, {}
+    for refusal in found:
+        try:
+            given[refusal.sha256] = release(client, refusal, to)
+        except Refused as error:  # the others are not to wait for it
+            gone[refusal.sha256] = str(error)
     if json:
-        show.json({"released": given})
+        show.json({"released": given, "not_released": gone})
     else:
         show.paths(client.url(key) for key in given.values())
         show.say(f"released {len(given)} objects")
+    if gone:
+        raise Refused("; ".join(gone.values()))
 
 
 def table(found: list[Refusal]) -> Table:

@@ -31,13 +31,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydicom.datadict import tag_for_keyword
 
-from shared.config import Misconfigured
 from shared.dicom import SERIES_ATTRIBUTES, Revision
 from shared.messages import Geometry, Name
+from shared.tables import read_table
 
 N_INSTANCES = "n_instances"
 """How many instances the series has; with the fields of its geometry, the conditions that are no DICOM keywords."""
@@ -161,26 +160,16 @@ def read(text: str) -> RoutingTable:
     Raises:
         Misconfigured: with one line per place that is wrong.
     """
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Misconfigured(f"maps.yaml: {where}not YAML.") from None
-    try:
-        return RoutingTable.model_validate(document)
-    except ValidationError as error:
-        raise Misconfigured("\n".join(sorted({_line(detail) for detail in error.errors()}))) from None
+    return read_table(text, RoutingTable, file="maps.yaml", explain=_condition)
 
 
-def _line(detail: Any) -> str:
-    place = ".".join(str(part) for part in detail["loc"] if part != "[key]") or "the document"
-    # A condition may be written in several forms; that each of them does not fit is more than one wants to read.
-    if len(detail["loc"]) > 4 and detail["loc"][2] == "when" and detail["type"] != "value_error":  # noqa: PLR2004
-        place = ".".join(str(part) for part in detail["loc"][:4])
-        forms = "a value, a list of values, {regex: …}, {min: …, max: …} or {missing: true}"
-        return f"maps.yaml: {place}: expected {forms}."
-    return f"maps.yaml: {place}: {detail['msg'].removeprefix('Value error, ')}."
+def _condition(detail: Any) -> str | None:
+    """A condition may be written in several forms; that each of them does not fit is more than one wants to read."""
+    place = detail["loc"]
+    if len(place) < 5 or place[2] != "when" or detail["type"] == "value_error":  # noqa: PLR2004
+        return None
+    forms = "a value, a list of values, {regex: …}, {min: …, max: …} or {missing: true}"
+    return f"{'.'.join(map(str, place[:4]))}: expected {forms}."
 
 
 def _facts(revision: Revision) -> Mapping[str, Value]:

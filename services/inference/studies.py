@@ -1,17 +1,13 @@
 """When a study has settled: its series become the inputs of the MAPs that read a study as a whole.
 
-Theory of operation. A series that such a MAP takes has the worker look at the study later, once per bucket of time (as
-long as the quiet period): a delayed message, and then a marker, which keeps the study's other series of that bucket
-from sending one. When a message is due, it ends if there is the marker of a newer bucket, for that one's message looks
-later; the newest goes on, until nothing was added to the study for the quiet period, or it has grown for
-`max_settle_s`. A crash at any place costs a second message, never a study that nobody looks at.
+A series that such a MAP takes has the worker look at the study later: `shared/settling.py` says how, and which of
+several messages goes on. A study is overdue when it has grown for `max_settle_s`.
 
 What is decided is a record of the study as it stood: the newest revision of each series, and which of them each MAP is
 given. A late series, or a late instance of one, makes another record, whose requests supersede those of the older one.
 """
 
 import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +22,8 @@ from shared.messages import InferenceRequested, InferenceTask, SeriesRef, Settli
 from shared.objects import ObjectStore, ObjectSummary
 from shared.once import store_once, stored
 from shared.queue import Publish
+from shared.settling import LAST_MODIFIED_S, bucket_of, delay_s, is_responsible, send_once
 
-LAST_MODIFIED_S = 1
-"""S3 tells the time of an object in whole seconds, rounded down."""
 Clock = Callable[[], datetime]
 log = get_logger()
 
@@ -48,13 +43,9 @@ async def expect_settling(
 ) -> None:
     """Have somebody look at a study that a series was settled of, once per bucket."""
     now = clock()
-    bucket_s = math.ceil(quiet.quiet_s)
-    told = SettlingStudy(study_uid=study_uid, bucket=str(int(now.timestamp()) // bucket_s * bucket_s), first_seen=now)
-    marker = _markers(study_uid) + told.bucket
-    if await objects.exists(marker):
-        return
-    await _look_later(told, now, bucket_s + 1, publish)
-    await objects.put_if_absent(marker, b"")
+    told = SettlingStudy(study_uid=study_uid, bucket=bucket_of(now, quiet.quiet_s), first_seen=now)
+    delay = delay_s(quiet.quiet_s, quiet.quiet_s)
+    await send_once(objects, _markers(study_uid) + told.bucket, lambda: _look_later(told, now, delay, publish))
 
 
 async def settle(
@@ -86,13 +77,12 @@ async def settle(
     # Check.
     since = min((time for time in listing.settled if decided is None or time > decided), default=study.first_seen)
     overdue = since + timedelta(seconds=quiet.max_settle_s)
-    if not await _is_responsible(study, overdue, objects):
+    if not await is_responsible(objects, _markers(study.study_uid), study.bucket, overdue):
         log.info("study.left_to_newer", study=study.study_uid)
         return
     wait_s = quiet.quiet_s + LAST_MODIFIED_S - (now - max(listing.changed)).total_seconds()
     if now < overdue and (wait_s > 0 or listing.unsettled):
-        delay_s = min(math.ceil(max(wait_s, 0)), math.ceil(quiet.quiet_s)) + 1
-        await _look_later(study, now, delay_s, publish)
+        await _look_later(study, now, delay_s(wait_s, quiet.quiet_s), publish)
         log.info("study.unsettled", study=study.study_uid, series=len(listing.revisions))
         return
 
@@ -190,14 +180,6 @@ async def _decided(study_uid: str, objects: ObjectStore) -> datetime | None:
     """Return when the newest record was stored."""
     listing = [item async for item in objects.list(study_prefix(study_uid))]
     return max((item.last_modified for item in listing if item.key.endswith("/routing.json")), default=None)
-
-
-async def _is_responsible(study: SettlingStudy, overdue: datetime, objects: ObjectStore) -> bool:
-    """Tell whether the message is the newest of its study, or the first whose bucket began when it was overdue."""
-    prefix = _markers(study.study_uid)
-    own, late = prefix + study.bucket, f"{prefix}{math.ceil(overdue.timestamp())}"
-    known = {own, *[item.key async for item in objects.list(prefix)]}
-    return own in {max(known), min((key for key in known if key >= late), default="")}
 
 
 async def _look_later(study: SettlingStudy, now: datetime, delay_s: int, publish: Publish) -> None:

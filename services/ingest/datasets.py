@@ -20,10 +20,9 @@ datasets:
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
@@ -31,6 +30,7 @@ from pydicom.multival import MultiValue
 from services.ingest.deidentification import Option
 from shared.config import Misconfigured
 from shared.messages import Name
+from shared.tables import read_table
 
 SECRET_LENGTH = 16
 """Characters of a secret that is worth the name; the default is shorter."""
@@ -133,23 +133,9 @@ def read(text: str, secret: str) -> Datasets:
     Raises:
         Misconfigured: with one line per place that is wrong; or the secret is no secret, and a dataset needs one.
     """
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Misconfigured(f"datasets.yaml: {where}not YAML.") from None
-    try:
-        found = Datasets.model_validate(document or {})
-    except ValidationError as error:
-        raise Misconfigured("\n".join(sorted({_line(detail) for detail in error.errors()}))) from None
+    found = read_table(text, Datasets, file="datasets.yaml")
     on = [rules for rules in (found.default, *found.datasets.values()) if rules.deidentify is not None]
     if on and len(secret) < SECRET_LENGTH:
         why = "a dataset is de-identified, whose pseudonyms anybody could find without a secret of your own"
         raise Misconfigured(f"RADQUEUE_PATIENT_SECRET: {why}; set {SECRET_LENGTH} characters or more.")
     return found
-
-
-def _line(detail: Any) -> str:
-    place = ".".join(str(part) for part in detail["loc"] if part != "[key]") or "the document"
-    return f"datasets.yaml: {place}: {detail['msg'].removeprefix('Value error, ')}."

@@ -1,17 +1,12 @@
 """When a series is quiet: what it consists of becomes a revision, its pictures an array, and the news goes out.
 
-Theory of operation. The first instance of a series in a bucket of time (as long as the quiet period) sends a message
-that looks at the series later, and then stores a marker, which keeps the others of that bucket from sending one. A
-series that grows for an hour so has a message in each bucket, and one of them is enough: a message that finds the
-marker of a newer bucket ends, for that one's message was sent and looks later. The newest always goes on, until the
-series is quiet or has grown for `max_settle_s`; a crash at any place costs a second message, never a series that
-nobody looks at. Clocks of two machines may differ by a quiet period.
+The first instance of a series in a bucket of time has somebody look at the series later: `shared/settling.py` says how,
+and which of several messages goes on. A series is overdue when it has grown for `max_settle_s`.
 
 What a series waits for is read from its listing alone: the instances that are newer than its newest revision.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -39,9 +34,8 @@ from shared.log import get_logger
 from shared.messages import Geometry, ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
 from shared.objects import ObjectMissing, ObjectSummary
 from shared.queue import receive_count
+from shared.settling import LAST_MODIFIED_S, bucket_of, delay_s, is_responsible, send_once
 
-LAST_MODIFIED_S = 1
-"""S3 tells the time of an object in whole seconds, rounded down."""
 BACKLOG_S = 2
 """A message that is handled later than this, and than the quiet period, after it was due waited behind others."""
 DOWNLOADS = 8
@@ -67,18 +61,12 @@ async def expect_settling(dataset: str, study_uid: str, series_uid: str, *, port
     The message is due after the bucket's end, so it sees every instance that found the bucket's marker. The marker
     comes after the message: a crash between them costs a second message.
     """
-    now = ports.clock()
-    bucket_s = math.ceil(ports.settings.quiet_s)
-    bucket = str(int(now.timestamp()) // bucket_s * bucket_s)
+    now, quiet_s = ports.clock(), ports.settings.quiet_s
+    bucket = bucket_of(now, quiet_s)
     told = SettlingSeries(dataset=dataset, study_uid=study_uid, series_uid=series_uid, bucket=bucket, first_seen=now)
     marker = _markers(told) + bucket
     async with ports.markers(marker):
-        if await ports.objects.exists(marker):
-            return
-        delay_s = bucket_s + 1
-        due = now + timedelta(seconds=delay_s)
-        await ports.publish(SeriesSettling.of(series_uid, told, time=due), delay_s=delay_s)
-        await ports.objects.put_if_absent(marker, b"")
+        await send_once(ports.objects, marker, lambda: _look_later(told, now, delay_s(quiet_s, quiet_s), ports))
 
 
 def _markers(series: SettlingSeries) -> str:
@@ -116,7 +104,7 @@ async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
     overdue = since + timedelta(seconds=settings.max_settle_s)
 
     # Check.
-    if not await _is_responsible(series, overdue, ports):
+    if not await is_responsible(ports.objects, _markers(series), series.bucket, overdue):
         log.info("series.left_to_newer", series=series.series_uid, instances=len(stored))
         return
     age_s = (now - max(stored)).total_seconds() - LAST_MODIFIED_S
@@ -127,9 +115,7 @@ async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
     backlog = receive_count() == 1 and late_s > max(settings.quiet_s, BACKLOG_S)
     if now < overdue and (age_s < quiet_s or backlog):
         wait_s = settings.quiet_s if backlog else quiet_s - age_s
-        delay_s = min(math.ceil(wait_s), math.ceil(settings.quiet_s)) + 1
-        due = now + timedelta(seconds=delay_s)
-        await ports.publish(SeriesSettling.of(series.series_uid, series, time=due), delay_s=delay_s)
+        await _look_later(series, now, delay_s(wait_s, settings.quiet_s), ports)
         log.info("series.unsettled", series=series.series_uid, instances=len(stored), backlog=backlog)
         return
 
@@ -137,12 +123,9 @@ async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
     await _settle(series.dataset, (series.study_uid, series.series_uid), (now, listing), ports)
 
 
-async def _is_responsible(series: SettlingSeries, overdue: datetime, ports: Ports) -> bool:
-    """Tell whether the message is the newest of its series, or the first whose bucket began when it was overdue."""
-    prefix = _markers(series)
-    own, late = prefix + series.bucket, f"{prefix}{math.ceil(overdue.timestamp())}"
-    known = {own, *[item.key async for item in ports.objects.list(prefix)]}
-    return own in {max(known), min((key for key in known if key >= late), default="")}
+async def _look_later(series: SettlingSeries, now: datetime, delay_s: int, ports: Ports) -> None:
+    due = now + timedelta(seconds=delay_s)
+    await ports.publish(SeriesSettling.of(series.series_uid, series, time=due), delay_s=delay_s)
 
 
 async def settle(dataset: str, study_uid: str, series_uid: str, *, ports: Ports) -> None:

@@ -68,7 +68,7 @@ async def test_a_released_object_that_is_refused_again_is_there_again(bench, mak
     body = part_10(maker.ct())[:-100]
     await handle_uploads(await bench.upload(f"incoming/{dataset}/Secretperson.dcm", body), ports=bench.ports)
     (before,) = listed()
-    code, printed = quarantine("release", "--reason", "truncated", "--json")
+    code, printed = quarantine("release", before["sha256"], "--json")
     key = json.loads(printed)["released"][before["sha256"]]
     between = listed()
     await handle_uploads(bench.notification(key), ports=bench.ports)
@@ -79,6 +79,23 @@ async def test_a_released_object_that_is_refused_again_is_there_again(bench, mak
     assert after["upload_key_sha256"] != before["upload_key_sha256"]
     assert await bench.objects.get(f"quarantine/{after['sha256']}/object") == body
     assert len({event.id for event in bench.published.of(UploadRejected)}) == 2
+
+
+async def test_one_object_that_is_gone_keeps_no_other_from_being_released(bench, maker, dataset, quarantine, listed):
+    """A release by reason gives what it can, names what it cannot, and ends with 1."""
+    strict = replace(bench.ports, settings=bench.ports.settings.model_copy(update={"max_upload_bytes": 100}))
+    bodies = [zip_of({f"secretperson{n}": part_10(maker.ct(n))}) for n in range(2)]
+    for n, body in enumerate(bodies):
+        await handle_uploads(await bench.upload(f"incoming/{dataset}/Secretperson{n}.zip", body), ports=strict)
+    lost, kept = (hashlib.sha256(body).hexdigest() for body in bodies)
+    await bench.objects.delete(f"incoming/{dataset}/Secretperson0.zip")
+    code, printed = quarantine("release", "--reason", "too_large", "--json")
+
+    assert code == 1
+    told = json.JSONDecoder().raw_decode(printed)[0]
+    assert told["released"][kept] == f"incoming/{dataset}/released/{kept}"
+    assert lost in told["not_released"]
+    assert [refusal["sha256"] for refusal in listed()] == [lost]
 
 
 async def test_people_see_the_reason_and_no_name(bench, maker, make_part_10, dataset, quarantine):
