@@ -60,6 +60,8 @@ MISSING = {
 EVENT_NAMES = {event.model_fields["type"].default for event in EVENT_TYPES}
 PLACES = 3
 PROGRESS_S = 1.0
+CLOCK_STEP = timedelta(seconds=1)
+"""Of the date in an HTTP answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,8 @@ class Redrive:
     how: str = "messages"
     complete: bool = True
     told_at: float = float("-inf")
+    _moved: set[int] = field(default_factory=set)
+    """Hashes of bodies."""
 
     def run(self) -> None:
         """Move them. Raises `Refused` where AWS does not do as asked; what was moved until then stays moved."""
@@ -235,8 +239,7 @@ class Redrive:
             # What a dry run or a reason leaves in place is held meanwhile, so that has a bound.
             bound = {"at_most": MOST_LOOKED_AT, "within_s": HOLD_S / 2} if self.dry_run else {}
             for letters in held.batches(**bound):
-                # What failed once more since we began would go round for ever.
-                old = [one for one in letters if one.sent <= self.place.as_of]
+                old = [one for one in letters if not self._failed_again(one)]
                 chosen = [one for one in old if self.reason in {None, one.reason}]
                 if self.at_most is not None:
                     chosen = chosen[: self.at_most - self.n_moved]
@@ -248,11 +251,18 @@ class Redrive:
             else:
                 self.complete = held.complete
 
+    def _failed_again(self, letter: DeadLetter) -> bool:
+        """Tell what came back since we began, and would go round for ever; SQS's answers tell the time in seconds."""
+        return letter.sent > self.place.as_of or (
+            letter.sent > self.place.as_of - CLOCK_STEP and hash(letter.body) in self._moved
+        )
+
     def _move(self, sqs: Any, held: "Held", letters: Sequence[DeadLetter]) -> None:
         for some in _packed(letters) if letters else ():
             sent = some if self.dry_run else self._sent(sqs, some)
             self.n_moved += len(sent)
             self.by_reason.update(letter.reason for letter in sent)
+            self._moved.update(hash(letter.body) for letter in sent)
             if not self.dry_run:
                 held.delete(sent)
             if len(sent) < len(some):
@@ -351,7 +361,7 @@ def place_of(client: Client, role: str) -> Place:
         asked = ["ApproximateNumberOfMessages"]
         answer = sqs.get_queue_attributes(QueueUrl=dead_url, AttributeNames=asked)
     dead = int(answer["Attributes"][asked[0]])
-    as_of = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]) + timedelta(seconds=1)
+    as_of = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]) + CLOCK_STEP
     return Place(role, url, told["QueueArn"], dead_url, dead_arn, dead, as_of)
 
 
