@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import re
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,9 @@ from shared.dicom import is_uid, sha_of, silence
 CHUNK_BYTES = 1024 * 1024
 AT_ONCE = 4
 """Files that are uploaded at the same time."""
-ZIP_MAGIC = b"PK\x03\x04"
+ZIP_MAGIC, GZIP_MAGIC = b"PK\x03\x04", b"\x1f\x8b"
+TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
+DICOM_MAGIC = b"DICM"
 PREAMBLE_BYTES = 132
 GROUP_LENGTH_BYTES = 12
 """The element (0002,0000) itself, which its value does not count."""
@@ -40,7 +43,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One DICOM instance in an upload: the file itself, or a member of a zip."""
+    """One DICOM instance in an upload: the file itself, or a member of an archive."""
 
     study_uid: str
     series_uid: str
@@ -50,7 +53,7 @@ class Instance:
     modality: str
     object_sha256: str
     upload_sha256: str
-    """Of the zip, for a member."""
+    """Of the archive, for a member."""
 
 
 def collect(paths: Sequence[Path], dataset: str) -> list[Upload]:
@@ -113,16 +116,31 @@ def _suffix(path: Path) -> str:
 
 
 def _bodies(path: Path) -> Iterator[bytes]:
-    """Yield the file's content, or that of each member of a zip that can be read."""
+    """Yield the file's content, or that of each member of a zip or a tar that can be read."""
     with path.open("rb") as file:
-        if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-            yield path.read_bytes()
-            return
-    # Encrypted, damaged, of an unknown method: ingest says which, here nothing is expected of it.
+        head = file.read(TAR_MAGIC_AT + len(TAR_MAGIC))
+    is_dicom = head[:PREAMBLE_BYTES].endswith(DICOM_MAGIC)
+    if head.startswith(ZIP_MAGIC):
+        yield from _unzipped(path)
+    elif head.startswith(GZIP_MAGIC) or (head[TAR_MAGIC_AT:] == TAR_MAGIC and not is_dicom):
+        yield from _untarred(path)
+    else:
+        yield path.read_bytes()
+
+
+# Encrypted, damaged, of an unknown method: ingest says which, here nothing is expected of it.
+def _unzipped(path: Path) -> Iterator[bytes]:
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             with contextlib.suppress(Exception):
                 yield archive.read(entry)
+
+
+def _untarred(path: Path) -> Iterator[bytes]:
+    with contextlib.suppress(Exception), tarfile.open(path) as archive:
+        for entry in archive:
+            if entry.isfile() and (stream := archive.extractfile(entry)) is not None:
+                yield stream.read()
 
 
 def _instance(body: bytes, upload_sha256: str) -> Instance | None:
@@ -138,6 +156,6 @@ def _instance(body: bytes, upload_sha256: str) -> Instance | None:
     if not all(uid and is_uid(uid) for uid in uids):
         return None
     sha = None
-    if body[PREAMBLE_BYTES - 4 : PREAMBLE_BYTES] == b"DICM" and isinstance(group_length, int):
+    if body[:PREAMBLE_BYTES].endswith(DICOM_MAGIC) and isinstance(group_length, int):
         sha = sha_of(body[PREAMBLE_BYTES + GROUP_LENGTH_BYTES + group_length :])
     return Instance(uids[0], uids[1], uids[2], sha, modality, hashlib.sha256(body).hexdigest(), upload_sha256)

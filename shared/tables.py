@@ -11,6 +11,24 @@ from shared.config import Misconfigured
 Table = TypeVar("Table", bound=BaseModel)
 
 
+class _Repeated(yaml.MarkedYAMLError):
+    """A key stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """As PyYAML's, which takes the last of two equal keys and says nothing of the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _Repeated(problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
 def read_table(
     text: str, table: type[Table], *, file: str, explain: Callable[[Any], str | None] = lambda _: None
 ) -> Table:
@@ -22,11 +40,12 @@ def read_table(
         Misconfigured: with one line per place that is wrong.
     """
     try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        document = yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Misconfigured(f"{file}: {where}not YAML.") from None
+        what = "a key that stands there twice" if isinstance(error, _Repeated) else "not YAML"
+        raise Misconfigured(f"{file}: {where}{what}.") from None
     try:
         return table.model_validate({} if document is None else document)
     except ValidationError as error:

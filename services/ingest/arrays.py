@@ -1,12 +1,12 @@
 """The training array of a series: `(N, H, W) float32` in [-1, 1], slices in order along the normal.
 
-Modality values (HU in CT), polarity as MONOCHROME2, one window for the whole series, resized with antialiasing at their
-physical aspect, centred on -1. One window for a dataset keeps slices comparable: a window per slice would not.
+Modality values (HU in CT), polarity as MONOCHROME2, one window for the whole dataset, resized with antialiasing at
+their physical aspect, centred on -1. A window per slice or per series would make them impossible to compare.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ Slices = NDArray[np.float32]
 METHOD = 2
 """Raised when arrays come out differently, so that their keys do."""
 PERCENTILE_SAMPLES = 4_000_000
-"""Values that percentiles are taken from, spread evenly over the series: memory stays bounded."""
+"""Values that percentiles are taken from, spread evenly over the slices: memory stays bounded."""
 NO_PICTURE = {"SEG", "RTDOSE", "RTSTRUCT", "PR", "SR", "KO", "DOC", "REG", "FID"}
 """Modalities whose pixels, if any, are no picture."""
 CONFIG_HASH_LENGTH = 16
@@ -35,7 +35,7 @@ class ArrayConfig:
     size: int
     """H and W."""
     window: tuple[float, float] | None
-    """Modality values that become -1 and 1; None: the percentiles of the series."""
+    """Modality values that become -1 and 1; None: percentiles, which are not known yet."""
     percentiles: tuple[float, float]
     leave_out: tuple[str, ...] = ()
     """Names of rules: `blank`, `localizer`."""
@@ -65,17 +65,17 @@ def is_grey(dataset: Dataset) -> bool:
     return text_of(dataset, "PhotometricInterpretation") in {"MONOCHROME1", "MONOCHROME2"}
 
 
-def window_of(frames: Callable[[], Iterator[Slices]], n_pixels: int, config: ArrayConfig) -> tuple[float, float]:
-    """Return the modality values that become -1 and 1; `frames` is called once, if percentiles are asked for."""
-    if config.window is not None:
-        return config.window
+def percentile_window(
+    frames: Iterable[Slices], n_pixels: int, percentiles: tuple[float, float]
+) -> tuple[float, float] | None:
+    """Return the percentiles of frames that have `n_pixels` together; None where all values are the same, or none."""
     step = max(1, n_pixels // PERCENTILE_SAMPLES)
-    values = np.concatenate([np.ravel(frame)[::step] for frame in frames()])
+    values = np.concatenate([np.ravel(frame)[::step] for frame in frames] or [np.empty(0, np.float32)])
     values = values[np.isfinite(values)]
     if not len(values):
-        return 0.0, 1.0
-    low, high = np.percentile(values, config.percentiles)
-    return float(low), float(high) if high > low else float(low) + 1.0
+        return None
+    low, high = (float(value) for value in np.percentile(values, percentiles))
+    return (low, high) if low < high else None
 
 
 def shrink(
@@ -86,9 +86,12 @@ def shrink(
     `pixel_spacing` is mm between rows, mm between columns; `inverted` says that low values are bright (MONOCHROME1).
     """
     low, high = window
-    unit = np.clip((np.nan_to_num(frame, nan=low) - low) * (2 / (high - low)) - 1, -1, 1).astype(np.float32)
-    if inverted:
-        unit = -unit
+    unit = np.clip(frame, np.float32(low), np.float32(high))
+    if np.isnan(unit).any():
+        unit = np.nan_to_num(unit, nan=low)
+    unit -= np.float32(low)
+    unit *= np.float32((-2 if inverted else 2) / (high - low))
+    unit += np.float32(1 if inverted else -1)
     row_mm, column_mm = pixel_spacing or (1.0, 1.0)
     height, width = frame.shape[0] * row_mm, frame.shape[1] * column_mm
     scale = size / max(height, width)

@@ -11,6 +11,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from services.ingest.datasets import BlankRule
 from services.ingest.geometry import survey
 from services.ingest.pixels import modality_values
 from services.ingest.protection import is_clean, screen
+from services.ingest.reading import PIXEL_DATA
 from services.ingest.series import Description, Placed, describe, patient_key
 
 DEFER_BYTES = 4096
+Window = tuple[float, float]
 WARNING_OF = {
     "burned_in": "burned_in_left_out",
     "colour": "colour_skipped",
@@ -34,47 +37,53 @@ WARNING_OF = {
 """Code of `reasons.WARNINGS` by rule."""
 
 
-def headers_of(paths: Sequence[str]) -> list[Dataset]:
-    """Read everything, but leave values as long as pixel data on the disk."""
-    return [dcmread(path, defer_size=DEFER_BYTES) for path in paths]
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The stored instances of a series: `headers` has everything but values as long as pixel data."""
+
+    paths: Sequence[str]
+    headers: Sequence[Dataset]
+    description: Description
+
+    @classmethod
+    def read(cls, paths: Sequence[str]) -> "Series":
+        """Read the headers, and describe them."""
+        headers = [dcmread(path, defer_size=DEFER_BYTES) for path in paths]
+        return cls(paths, headers, describe(headers))
+
+
+def measure(series: Series, config: arrays.ArrayConfig, blank: Sequence[BlankRule]) -> Window | None:
+    """Return the percentiles of the slices that an array would have; None where they tell of no window."""
+    stack, _ = _stack(series, config, blank)
+    frames = (frame for _, frame, _ in _frames(series, stack, config, blank))
+    return arrays.percentile_window(
+        frames, sum(item.slice.rows * item.slice.columns for item in stack), config.percentiles
+    )
 
 
 def assemble(
-    paths: Sequence[str], out: str, config: arrays.ArrayConfig, secret: str, blank: Sequence[BlankRule]
+    series: Series, out: str, config: arrays.ArrayConfig, secret: str, blank: Sequence[BlankRule]
 ) -> dict[str, Any]:
     """Make the array of normalised instances and write it to `out` (npy); return what its sidecar tells.
 
-    `blank` is asked only where the configuration says that pictures are screened.
+    `blank` is asked only where the configuration says that pictures are screened. Without a window there is nothing to
+    see in any slice.
     """
     # Choose.
-    headers = headers_of(paths)
-    chosen, left_out = _chosen(headers, describe(headers), config, blank)
-    geometry, order, _ = survey([placed.slice for placed in chosen]) if chosen else (None, [], [])
-    stack = [chosen[index] for index in order[: geometry.n_in_stack if geometry else 0]]
-    left_out["other_stack"] += len(chosen) - len(stack)
-    rank = {(placed.instance, placed.frame): index for index, placed in enumerate(stack)}
-
-    def frames() -> Iterator[tuple[Placed, arrays.Slices, Dataset]]:
-        for instance in sorted({placed.instance for placed in stack}):
-            dataset = dcmread(paths[instance])
-            if config.screened:
-                screen(dataset, blank)
-            for number, frame in enumerate(modality_values(dataset)):
-                index = rank.get((instance, number))
-                if index is not None:
-                    yield stack[index], frame, dataset
+    stack, left_out = _stack(series, config, blank)
 
     # Compute.
-    n_pixels = sum(placed.slice.rows * placed.slice.columns for placed in stack)
-    window = arrays.window_of(lambda: (frame for _, frame, _ in frames()), n_pixels, config) if stack else (0.0, 1.0)
     array = np.empty((len(stack), config.size, config.size), np.float32)
     kept = np.ones(len(stack), bool)
     valid = True
-    for placed, frame, dataset in frames():
+    for index, frame, dataset in _frames(series, stack, config, blank):
         valid = valid and bool(np.isfinite(frame).all())
         inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-        picture = arrays.shrink(frame, window, config.size, placed.slice.pixel_spacing, inverted=inverted)
-        index = rank[placed.instance, placed.frame]
+        spacing = stack[index].slice.pixel_spacing
+        if config.window is None:
+            kept[index] = False
+            continue
+        picture = arrays.shrink(frame, config.window, config.size, spacing, inverted=inverted)
         kept[index] = "blank" not in config.leave_out or not arrays.is_blank(picture)
         array[index] = arrays.centred(picture, config.size)
     left_out["blank"] += int((~kept).sum())
@@ -85,13 +94,39 @@ def assemble(
     warnings = [WARNING_OF[rule] for rule, count in left_out.items() if count]
     return {
         "shape": list(array.shape),
-        "window": list(window),
         "pixel_spacing_mm": stack[0].slice.pixel_spacing if stack else None,
         "rows_columns": [stack[0].slice.rows, stack[0].slice.columns] if stack else None,
         "left_out": {rule: count for rule, count in left_out.items() if count},
-        "patient_key": patient_key(headers[0], secret),
+        "patient_key": patient_key(series.headers[0], secret),
         "warnings": sorted(warnings + ["array_values_invalid"] * (not valid)),
     }
+
+
+def _stack(series: Series, config: arrays.ArrayConfig, blank: Sequence[BlankRule]) -> tuple[list[Placed], Counter[str]]:
+    """Return the frames of the array in order, and how many others each rule leaves out; `blank` is asked later."""
+    chosen, left_out = _chosen(series.headers, series.description, config, blank)
+    geometry, order, _ = survey([placed.slice for placed in chosen]) if chosen else (None, [], [])
+    stack = [chosen[index] for index in order[: geometry.n_in_stack if geometry else 0]]
+    left_out["other_stack"] += len(chosen) - len(stack)
+    return stack, left_out
+
+
+def _frames(
+    series: Series, stack: Sequence[Placed], config: arrays.ArrayConfig, blank: Sequence[BlankRule]
+) -> Iterator[tuple[int, arrays.Slices, Dataset]]:
+    """Yield the frames of a stack in the order of their files: index, modality values, and the instance."""
+    rank = {(placed.instance, placed.frame): index for index, placed in enumerate(stack)}
+    for instance in sorted({placed.instance for placed in stack}):
+        dataset = series.headers[instance]
+        if config.screened:  # which changes it
+            dataset = dcmread(series.paths[instance])
+            screen(dataset, blank)
+        deferred = dataset.get_item("PixelData", keep_deferred=True)
+        for number, frame in enumerate(modality_values(dataset)):
+            index = rank.get((instance, number))
+            if index is not None:
+                yield index, frame, dataset
+        dataset[PIXEL_DATA] = deferred  # lets go of the pixels
 
 
 def _chosen(

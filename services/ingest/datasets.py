@@ -5,7 +5,7 @@ default:                        # of datasets that are not named below, and what
   array:
     size: 64                    # height and width of the slices in training arrays
     windows: {CT: [-1000, 1000]}    # modality values that become -1 and 1, by Modality
-    percentiles: [0.5, 99.5]    # of a series, where its Modality has no window
+    percentiles: [0.5, 99.5]    # of the dataset's first series of a Modality that has no window
     leave_out: [blank, localizer]
   deidentify: false
 datasets:
@@ -54,7 +54,10 @@ def _known(keyword: str) -> str:
     return keyword
 
 
-Pair = Annotated[tuple[float, float], AfterValidator(_rising)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Pair = Annotated[tuple[Finite, Finite], AfterValidator(_rising)]
+Modality = Annotated[str, Field(pattern="^[A-Z][A-Z0-9_ ]{0,15}$")]
+"""A code string (PS3.5 section 6.2)."""
 Percentile = Annotated[float, Field(ge=0, le=100)]
 NotNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -64,7 +67,7 @@ class ArrayRules(_Strict):
     """How training arrays are made."""
 
     size: int = Field(default=64, ge=8, le=1024)
-    windows: Mapping[str, Pair] = {"CT": (-1000.0, 1000.0)}
+    windows: Mapping[Modality, Pair] = {"CT": (-1000.0, 1000.0)}
     percentiles: Annotated[tuple[Percentile, Percentile], AfterValidator(_rising)] = (0.5, 99.5)
     leave_out: tuple[LeaveOut, ...] = ("blank", "localizer")
 

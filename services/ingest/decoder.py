@@ -87,7 +87,7 @@ class Decoder:
         return Instance(**await self._file_call(request))
 
     async def series_call(self, request: Json) -> Any:
-        """Describe or assemble a series. Raises `ChildFailed`."""
+        """Describe, measure or assemble a series. Raises `ChildFailed`."""
         async with self._series.one() as child:
             return await child.call(request, deadline_s=self._settings.series_deadline_s)
 
@@ -118,7 +118,8 @@ class _Children:
         env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         argv = [sys.executable, "-m", "services.ingest.worker"]
         self.all = [Child(argv, limits=limits, env=env) for _ in range(settings.decoders)]
-        self._free: asyncio.Queue[Child] = asyncio.Queue()
+        # The last one that was used is the next: it may have read the headers of the series already.
+        self._free: asyncio.Queue[Child] = asyncio.LifoQueue()
         for child in self.all:
             self._free.put_nowait(child)
 

@@ -25,6 +25,8 @@ INCOMING = "incoming"
 DEFAULT_DATASET = "default"
 COMPLETE = "_COMPLETE"
 """Name of the object that says of its folder: nothing more comes."""
+FILES_PER_DECODER = 4
+"""Files that are taken at the same time: while one is decoded, others wait for S3. Each may hold 64 MiB in memory."""
 Announce = Callable[..., Awaitable[None]]
 """`settle` or `expect_settling`."""
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
@@ -101,7 +103,9 @@ async def _take_folder(marker: CreatedObject, folder: str, ports: Ports) -> None
         except Unprocessable:  # deleted since it was listed
             return []
 
-    taken = await all_of([partial(take, created) for created in objects], at_once=ports.settings.decoders)
+    taken = await all_of(
+        [partial(take, created) for created in objects], at_once=FILES_PER_DECODER * ports.settings.decoders
+    )
     await _announce([instance for stored in taken for instance in stored], settle, f"{dataset}/", ports)
     log.info("folder.complete", dataset=dataset, objects=len(objects))
 
@@ -172,7 +176,7 @@ def _dataset_of(rest: str) -> str | None:
 async def _take_members(
     created: CreatedObject, dataset: str, upload: Path, members: Sequence[Member], ports: Ports
 ) -> list[Instance | None]:
-    """Take the files of an archive, as many at a time as there are decoders."""
+    """Take the files of an archive, several at a time."""
     unpacked = [Path(member.path) for member in members if member.path is not None]
     withheld = [member for member in members if member.reason_code is not None]
     if withheld:  # there are no bytes of theirs to keep: the archive itself goes into quarantine
@@ -181,7 +185,7 @@ async def _take_members(
     elif not unpacked:
         await _reject(created, dataset, Rejected("not_dicom"), upload, ports)
     calls = [partial(_take_file, created, dataset, path, ports) for path in unpacked]
-    return await all_of(calls, at_once=ports.settings.decoders)
+    return await all_of(calls, at_once=FILES_PER_DECODER * ports.settings.decoders)
 
 
 async def _take_file(created: CreatedObject, dataset: str, path: Path, ports: Ports) -> Instance | None:

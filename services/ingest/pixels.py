@@ -70,8 +70,10 @@ def _by_table(frame: Stored, source: Dataset) -> Values:
 def _by_line(frame: Stored, source: Dataset) -> Values:
     """Slope and intercept; one that is missing changes nothing (PS3.3 C.11.1.1.2)."""
     slope, intercept = (source.get(keyword) for keyword in ("RescaleSlope", "RescaleIntercept"))
-    values = frame.astype(np.float64) * float(1 if slope in {None, ""} else slope)
-    return np.asarray(values + float(intercept or 0), np.float32)
+    values = frame.astype(np.float64)  # in place from here on: another frame of numbers of 64 bits costs more than sums
+    values *= float(1 if slope in {None, ""} else slope)
+    values += float(intercept or 0)
+    return values.astype(np.float32)
 
 
 RULES = (

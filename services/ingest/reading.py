@@ -3,7 +3,8 @@
 Theory of operation. The file is taken apart here rather than by `dcmread`, which mends what it can and tells it only in
 warnings that echo values: a file cut short would pass. The data set's elements come from pydicom's generator, and each
 is held against the length it declares. What is stored is Part 10 in Explicit VR Little Endian, decompressed; elements
-that are in that encoding already are written back byte for byte.
+that are in that encoding already are written back byte for byte; where all of them are, and in order, the data set is
+taken as it is.
 """
 
 import contextlib
@@ -39,8 +40,12 @@ from shared.errors import Unprocessable
 PREAMBLE_BYTES = 128
 MAGIC = b"DICM"
 UNDEFINED = 0xFFFFFFFF
+FIRST_TAG = 0x00080000
+"""Of a data set; groups before it are of the file, or of messages."""
 PIXEL_DATA = 0x7FE00010
 NATIVE = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian}
+OF_THE_WRAPPING = {"preamble_missing", "meta_missing", "meta_mismatch", "charset_unknown"}
+"""Warnings after which the data set is as it was; what changes it is noted by others."""
 DICOMDIR = "1.2.840.10008.1.3.10"
 VRS = set(
     b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
@@ -114,7 +119,7 @@ def normalise(upload: bytes, caps: Caps) -> tuple[Instance, bytes]:
     sha = sha_of(data_set_bytes)
     if syntax == DeflatedExplicitVRLittleEndian:
         data_set_bytes = _inflate(data_set_bytes, caps.inflated)
-    dataset = _parse(data_set_bytes, syntax, notes)
+    dataset, in_order = _parse(data_set_bytes, syntax, notes)
 
     # Check.
     if text_of(meta, "MediaStorageSOPClassUID") == DICOMDIR:
@@ -135,7 +140,12 @@ def normalise(upload: bytes, caps: Caps) -> tuple[Instance, bytes]:
         decoder = _pixels(dataset, syntax, caps, notes)
     elif _wants_pixels(dataset, sop_class_uid):  # a file may end between two elements
         raise Unprocessable("missing_pixel_data")
-    body = part_10(dataset, sop_class_uid, sop_instance_uid, notes)
+    uids = {"SOPClassUID": sop_class_uid, "SOPInstanceUID": sop_instance_uid}
+    uids |= {"StudyInstanceUID": study_uid, "SeriesInstanceUID": series_uid}
+    if in_order and not decoder and notes <= OF_THE_WRAPPING and _spelled_so(data_set_bytes, uids):
+        body = _head(sop_class_uid, sop_instance_uid, notes) + data_set_bytes
+    else:
+        body = part_10(dataset, sop_class_uid, sop_instance_uid, notes)
     return Instance(study_uid, series_uid, sop_instance_uid, sha, tuple(sorted(notes)), decoder), body
 
 
@@ -180,14 +190,16 @@ def _inflate(deflated: bytes, limit: int) -> bytes:
     return inflated
 
 
-def _parse(body: bytes, syntax: str, notes: set[str]) -> Dataset:
-    """Read the elements; each must be as long as it says."""
+def _parse(body: bytes, syntax: str, notes: set[str]) -> tuple[Dataset, bool]:
+    """Read the elements; each must be as long as it says. Tell whether they stand as they would be written."""
     implicit, little = _encoding(body, syntax, notes)
     stream = io.BytesIO(body)
     delimiter = b"\xfe\xff\xdd\xe0" if little else b"\xff\xfe\xe0\xdd"
     elements = {}
+    in_order, last = not implicit and little, FIRST_TAG - 1
     try:
         for element in data_element_generator(stream, implicit, little):
+            in_order, last = in_order and last < element.tag and element.tag.element != 0, element.tag
             if element.tag.group == 0:  # nothing of the kind belongs into a file: zeros behind the data set
                 notes.add("trailing_bytes")
                 break
@@ -204,7 +216,17 @@ def _parse(body: bytes, syntax: str, notes: set[str]) -> Dataset:
         raise Unprocessable("truncated")
     dataset = Dataset(elements)
     dataset.set_original_encoding(implicit, little, _character_set(dataset, notes))
-    return dataset
+    return dataset, in_order
+
+
+def _spelled_so(body: bytes, uids: dict[str, str]) -> bool:
+    """Tell whether the UIDs are padded as the standard has it, and by nothing else."""
+    for keyword, uid in uids.items():
+        value = uid.encode() + b"\0" * (len(uid) % 2)
+        tag = tag_for_keyword(keyword) or 0
+        if struct.pack("<HH2sH", tag >> 16, tag & 0xFFFF, b"UI", len(value)) + value not in body:
+            return False
+    return True
 
 
 def _character_set(dataset: Dataset, notes: set[str]) -> str | list[str]:
@@ -562,27 +584,37 @@ def noted_in(meta: Dataset) -> list[str]:
 
 
 def part_10(dataset: Dataset, sop_class_uid: str, sop_instance_uid: str, notes: set[str]) -> bytes:
-    """Write the file: preamble of zeros, a fresh file meta group, Explicit VR Little Endian (PS3.10 section 7.1).
-
-    The warnings travel in the file meta group's private information: it belongs to the file, not to the data set.
-    """
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = UID(sop_class_uid)
-    meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.ImplementationClassUID = IMPLEMENTATION_UID
-    meta.ImplementationVersionName = "RADQUEUE"
-    if notes:
-        noted = ",".join(sorted(notes)).encode()
-        meta.PrivateInformationCreatorUID = IMPLEMENTATION_UID
-        meta.PrivateInformation = noted + b"\0" * (len(noted) % 2)
-    dataset.file_meta = meta
-    dataset.preamble = b"\0" * PREAMBLE_BYTES
+    """Write the file: preamble of zeros, a fresh file meta group, Explicit VR Little Endian (PS3.10 section 7.1)."""
+    dataset.file_meta, dataset.preamble = FileMetaDataset(), None
     file = io.BytesIO()
     try:
-        dcmwrite(file, dataset, implicit_vr=False, little_endian=True, enforce_file_format=True)
+        dcmwrite(file, dataset, implicit_vr=False, little_endian=True)
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - what could be read and cannot be written is no valid data set
         raise Unprocessable("unreadable") from None
-    return file.getvalue()
+    return _head(sop_class_uid, sop_instance_uid, notes) + file.getvalue()
+
+
+def _head(sop_class_uid: str, sop_instance_uid: str, notes: set[str]) -> bytes:
+    """Return what stands before the data set; pydicom takes longer to write this than to read a whole file.
+
+    The warnings travel in the file meta group's private information: it belongs to the file, not to the data set.
+    """
+    meta = struct.pack("<HH2sHI", 2, 0x0001, b"OB", 0, 2) + b"\0\1"
+    meta += _short(0x0002, b"UI", sop_class_uid) + _short(0x0003, b"UI", sop_instance_uid)
+    meta += _short(0x0010, b"UI", ExplicitVRLittleEndian) + _short(0x0012, b"UI", IMPLEMENTATION_UID)
+    meta += _short(0x0013, b"SH", "RADQUEUE")
+    if notes:
+        noted = ",".join(sorted(notes)).encode()
+        noted += b"\0" * (len(noted) % 2)
+        meta += (
+            _short(0x0100, b"UI", IMPLEMENTATION_UID) + struct.pack("<HH2sHI", 2, 0x0102, b"OB", 0, len(noted)) + noted
+        )
+    return bytes(PREAMBLE_BYTES) + MAGIC + struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(meta)) + meta
+
+
+def _short(element: int, vr: bytes, text: str) -> bytes:
+    """Encode an element of the file meta group whose length has two bytes."""
+    value = text.encode() + b"\0" * (len(text) % 2)
+    return struct.pack("<HH2sH", 2, element, vr, len(value)) + value

@@ -8,7 +8,7 @@ What a series waits for is read from its listing alone: the instances that are n
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from services.ingest.arrays import ArrayConfig
 from services.ingest.datasets import DatasetRules
 from services.ingest.deidentification import Option, keyed_hash, keyed_uid
 from services.ingest.ports import Ports
+from services.ingest.windows import window_key, window_of
 from shared.child import ChildFailed
 from shared.concurrency import all_of, temporary_folder
 from shared.dicom import (
@@ -251,33 +252,42 @@ async def _array(
     if not described["n_grey"]:
         return None, ["colour_skipped"] if described["geometry"] else []
     rules = ports.datasets.of(series.dataset)
-    config = _config(rules, described["attributes"].get("Modality"))
+    modality, told = described["attributes"].get("Modality"), _array_uids(series, described, ports)
+    config = _config(rules, modality)
     blank = rules.deidentify.blank if rules.deidentify else ()
     out = Path(paths[0]).with_name("array.npy")
     request = {
-        "op": "assemble",
         "paths": list(paths),
         "out": str(out),
-        "config": asdict(config),
         "blank": [rule.model_dump(mode="json") for rule in blank],
         "secret": ports.settings.patient_secret.get_secret_value(),
     }
+
+    async def made_by(op: str) -> Any:
+        return await ports.decoder.series_call(request | {"op": op, "config": asdict(config)})
+
+    window_from = None
     try:
-        made = await ports.decoder.series_call(request)
-    except ChildFailed as failed:
-        log.warning("array.failed", series=series.series_uid, reason_code=failed.reason_code, where=failed.where)
+        if config.window is None:
+            window_from = window_key(series.dataset, modality, config)
+            window = await window_of(window_from, config, told, partial(made_by, "measure"), ports.objects)
+            config = replace(config, window=window)
+        made = await made_by("assemble")
+    except (ChildFailed, Unprocessable) as failed:
+        where = failed.where if isinstance(failed, ChildFailed) else window_from
+        log.warning("array.failed", series=series.series_uid, reason_code=failed.reason_code, where=where)
         return None, ["array_failed"]
     if not made["shape"][0]:  # every slice was left out
         return None, made["warnings"]
-    told = _array_uids(series, described, ports)
     key = f"{_array_prefix(series.dataset, told)}{config.hash()}.npy"
     sidecar = {
         **told,
         "patient_key": made["patient_key"],
-        "modality": described["attributes"].get("Modality"),
+        "modality": modality,
         "n": made["shape"][0],
         "shape": made["shape"],
-        "window": made["window"],
+        "window": config.window,
+        "window_from": window_from,
         "pixel_spacing_mm": made["pixel_spacing_mm"],
         "rows_columns": made["rows_columns"],
         "left_out": made["left_out"],

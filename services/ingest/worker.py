@@ -5,16 +5,16 @@ Files go in and out by path. Limits of memory and processor time are set by the 
 
 import resource
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from services.ingest.archive import ZipCaps, unpack
 from services.ingest.arrays import ArrayConfig, is_grey
-from services.ingest.assembly import assemble, headers_of
+from services.ingest.assembly import Series, assemble, measure
 from services.ingest.datasets import BlankRule, Deidentification
 from services.ingest.protection import is_protected, protect
 from services.ingest.reading import Caps, normalise
-from services.ingest.series import describe
 from shared.child import Json, Progress, serve
 from shared.dicom import silence
 
@@ -43,26 +43,51 @@ def _normalise(request: Json) -> Json:
     return asdict(instance)
 
 
+@lru_cache(maxsize=1)
+def _series(paths: tuple[str, ...]) -> Series:
+    """What is asked of one series comes in turn, and its headers are read once."""
+    return Series.read(paths)
+
+
 def _describe(request: Json) -> Json:
     """`paths` of normalised instances to the attributes, geometry and warnings of their series."""
-    headers = headers_of(request["paths"])
-    found = describe(headers)
+    series = _series(tuple(request["paths"]))
+    found = series.description
     return {
         "attributes": found.attributes,
         "geometry": found.geometry and found.geometry.model_dump(mode="json"),
         "warnings": found.warnings,
-        "n_grey": sum(is_grey(headers[placed.instance]) for placed in found.order),
-        "deidentified": all(map(is_protected, headers)),
+        "n_grey": sum(is_grey(series.headers[placed.instance]) for placed in found.order),
+        "deidentified": all(map(is_protected, series.headers)),
     }
 
 
+def _measure(request: Json) -> tuple[float, float] | None:
+    """`paths` of normalised instances to the window that their percentiles give, or None."""
+    return measure(_series(tuple(request["paths"])), ArrayConfig(**request["config"]), _blank_rules(request))
+
+
 def _assemble(request: Json) -> Json:
-    """`paths` of normalised instances to their training array, written to `out` (npy)."""
-    blank = [BlankRule(**rule) for rule in request["blank"]]
-    return assemble(request["paths"], request["out"], ArrayConfig(**request["config"]), request["secret"], blank)
+    """`paths` of normalised instances to their training array, written to `out` (npy); the series is done then."""
+    series = _series(tuple(request["paths"]))
+    config, blank = ArrayConfig(**request["config"]), _blank_rules(request)
+    try:
+        return assemble(series, request["out"], config, request["secret"], blank)
+    finally:
+        _series.cache_clear()
 
 
-OPERATIONS = {"unpack": _unpack, "normalise": _normalise, "describe": _describe, "assemble": _assemble}
+def _blank_rules(request: Json) -> list[BlankRule]:
+    return [BlankRule(**rule) for rule in request["blank"]]
+
+
+OPERATIONS = {
+    "unpack": _unpack,
+    "normalise": _normalise,
+    "describe": _describe,
+    "measure": _measure,
+    "assemble": _assemble,
+}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import os
+import uuid
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ SECRET = "a secret of this test"
 DATASETS = """
 default: {array: {size: 16}}
 datasets:
-  keyed: {deidentify: {options: [retain_modified_dates], blank: [{when: {Rows: 20}, regions: [[0, 0, 20, 4]]}]}}
-  research: {deidentify: {studies: true, blank: [{when: {Rows: 20}, regions: [[0, 0, 20, 4]]}]}}
+  KEYED: {deidentify: {options: [retain_modified_dates], blank: [{when: {Rows: 20}, regions: [[0, 0, 20, 4]]}]}}
+  RESEARCH: {deidentify: {studies: true, blank: [{when: {Rows: 20}, regions: [[0, 0, 20, 4]]}]}}
 """
 
 
@@ -157,6 +158,10 @@ class Bench:
     ports: Ports
     clock: Clock
     published: Published
+    keyed: str
+    """Name of a dataset of the test's own that is de-identified in `datasets/`."""
+    research: str
+    """Name of one that is de-identified in `studies/` too."""
 
     @property
     def objects(self) -> ObjectStore:
@@ -180,9 +185,10 @@ class Bench:
 @pytest.fixture
 async def bench(aws, local_aws):
     settings = IngestSettings(bucket=local_aws.bucket, decoders=1, quiet_s=60, patient_secret=SECRET)
-    datasets = read(DATASETS, SECRET)
+    keyed, research = (f"{kind}-{uuid.uuid4().hex[:8]}" for kind in ("keyed", "research"))
+    datasets = read(DATASETS.replace("KEYED", keyed).replace("RESEARCH", research), SECRET)
     clock, published = Clock(), Published()
     decoder = Decoder(settings)
     store = ObjectStore(aws.s3, local_aws.bucket)
-    yield Bench(Ports(store, published, decoder, settings, clock, datasets), clock, published)
+    yield Bench(Ports(store, published, decoder, settings, clock, datasets), clock, published, keyed, research)
     await decoder.stop()

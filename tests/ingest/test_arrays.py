@@ -7,7 +7,7 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.sequence import Sequence
 
-from services.ingest.arrays import ArrayConfig, centred, shrink, window_of
+from services.ingest.arrays import ArrayConfig, centred, percentile_window, shrink
 from services.ingest.pixels import modality_values
 from services.ingest.reading import Caps, normalise
 from services.ingest.worker import answer
@@ -24,8 +24,8 @@ def assemble(tmp_path, files, *, secret=SECRET, blank=(), **changes):
         path.write_bytes(normalise(upload, CAPS)[1])
         paths.append(str(path))
     out = tmp_path / "out.npy"
-    request = {"op": "assemble", "paths": paths, "out": str(out), "secret": secret, "blank": list(blank)}
-    told = answer(request | {"config": CONFIG | changes}, print)
+    request = {"paths": paths, "out": str(out), "secret": secret, "blank": list(blank), "config": CONFIG | changes}
+    told = answer(request | {"op": "assemble"}, print)
     return np.load(out), told
 
 
@@ -36,7 +36,7 @@ def test_slices_are_in_order_and_in_hounsfield_window(maker, make_part_10, tmp_p
     stored = np.stack([np.frombuffer(maker.ct(number).PixelData, "<u2").reshape(16, 16) for number in range(3)])
 
     assert np.allclose(array, np.clip((stored.astype(float) - 1024) / 1000, -1, 1), atol=1e-5)
-    assert told["window"] == [-1000, 1000]
+    assert told["shape"] == [3, 16, 16]
 
 
 def test_inverted_polarity_is_turned(maker, make_part_10, tmp_path):
@@ -125,14 +125,13 @@ def test_a_series_of_which_all_is_left_out_has_an_empty_array(maker, make_part_1
     assert told["left_out"] == {"blank": 1}
 
 
-def test_percentiles_are_of_the_whole_series(maker, make_part_10, tmp_path):
-    """Without a window one pair of percentiles serves all slices, so that they stay comparable."""
-    dark = maker.ct(0, PixelData=np.full((16, 16), 100, "<u2").tobytes())
-    bright = maker.ct(1, PixelData=np.full((16, 16), 300, "<u2").tobytes())
-    array, told = assemble(tmp_path, [make_part_10(dark), make_part_10(bright)], window=None)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_in_the_window(value):
+    """NaN and the infinities become an end of the window, as a value beyond it does."""
+    frame = np.array([[value, 50.0], [0.0, 100.0]], np.float32)
+    picture = shrink(frame, (0, 100), 2, None, inverted=False)
 
-    assert told["window"] == [100 - 1024, 300 - 1024]
-    assert (array[0].max(), array[1].min()) == (-1, 1)
+    assert np.array_equal(picture, [[1 if value > 0 else -1, 0], [-1, 1]])
 
 
 def test_the_patient_is_a_keyed_hash(maker, make_part_10, tmp_path):
@@ -161,11 +160,17 @@ def test_the_physical_aspect_is_kept(spacing, filled):
     assert (canvas > 0).any(axis=0).sum() == filled[1]
 
 
-def test_a_flat_series_has_a_window():
-    """A series of one value divides by nothing."""
-    low, high = window_of(lambda: iter([np.zeros((4, 4), np.float32)]), 16, ArrayConfig(8, None, (0.5, 99.5)))
+def test_percentiles_are_of_all_frames():
+    """They are taken over the frames together, and numbers only."""
+    frames = [np.full((4, 4), 100, np.float32), np.full((4, 4), 300, np.float32), np.full((4, 4), np.nan, np.float32)]
 
-    assert high > low
+    assert percentile_window(iter(frames), 48, (0.5, 99.5)) == (100, 300)
+
+
+@pytest.mark.parametrize("frames", [[], [np.zeros((4, 4), np.float32)], [np.full((4, 4), np.nan, np.float32)]])
+def test_a_flat_series_tells_of_no_window(frames):
+    """One value, none, or no number: there is nothing to scale by."""
+    assert percentile_window(iter(frames), 16, (0.5, 99.5)) is None
 
 
 def test_the_key_tells_configurations_apart():

@@ -62,6 +62,8 @@ def test_a_region_rule_applies_where_all_its_values_are(maker):
         ("default: {array: {sise: 3}}", "default.array.sise"),
         ("default: {array: {size: 4}}", "default.array.size"),
         ("default: {array: {windows: {CT: [5, 5]}}}", "default.array.windows.CT"),
+        ("default: {array: {windows: {CT: [-.inf, 5]}}}", "default.array.windows.CT.0"),
+        ("default: {array: {windows: {ct: [0, 5]}}}", "default.array.windows.ct"),
         ("default: {array: {percentiles: [-1, 5]}}", "default.array.percentiles.0"),
         ("datasets: {a b: {}}", "datasets.a b"),
         ("datasets: {a: {deidentify: {options: [keep_all]}}}", "datasets.a.deidentify.options.0"),
@@ -72,6 +74,7 @@ def test_a_region_rule_applies_where_all_its_values_are(maker):
         ),
         ("datasets: {a: {deidentify: basic}}", "datasets.a.deidentify"),
         ("a: [", "line 1, column 5"),
+        ("datasets:\n  a: {deidentify: true}\n  b: {}\n  a: {}", "line 4, column 3"),
     ],
 )
 def test_a_mistake_is_told_by_its_place(text, place):
@@ -80,6 +83,12 @@ def test_a_mistake_is_told_by_its_place(text, place):
         read(text, SECRET)
 
     assert f"datasets.yaml: {place}: " in str(raised.value)
+
+
+def test_nesting_without_end_is_no_yaml():
+    """A document that is deeper than any reader goes is told like any other mistake."""
+    with pytest.raises(Misconfigured):
+        read("[" * 5000, SECRET)
 
 
 def test_a_profile_needs_a_secret():

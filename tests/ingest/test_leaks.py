@@ -47,9 +47,9 @@ def full_of_sentinels(dataset):
     return [value if isinstance(value, bytes) else value.encode() for value in found]
 
 
-async def everything(bench, *prefixes):
+async def everything(bench, *prefixes, but=()):
     """Keys and bodies of what is stored under the prefixes, and what was announced."""
-    keys = [key for prefix in prefixes for key in await bench.keys(prefix)]
+    keys = [key for prefix in prefixes for key in await bench.keys(prefix) if key not in but]
     bodies = {key: key.encode() + b"\n" + await bench.objects.get(key) for key in keys}
     return bodies | {f"event {n}": event.body().encode() for n, event in enumerate(bench.published.events)}
 
@@ -73,9 +73,8 @@ async def test_no_sentinel_leaves_a_research_dataset(bench, capsys):
     dataset = real_ct(maker)
     sentinels = full_of_sentinels(dataset)
     upload = part_10(dataset)
-    await ingested(bench, "research", upload, upload[:-40])
-    told = await everything(bench, "studies/", "datasets/", "settling/")
-    new = {name: body for name, body in told.items() if name not in before}
+    await ingested(bench, bench.research, upload, upload[:-40])
+    new = await everything(bench, "studies/", "datasets/", "settling/", but=before)
     printed = capsys.readouterr()
     new["log"] = (printed.out + printed.err).encode()
     known = [maker.study_uid, maker.series_uid, dataset.SOPInstanceUID, PATIENT_ID, "Secretperson"]
@@ -95,7 +94,7 @@ async def test_no_sentinel_leaves_a_research_dataset(bench, capsys):
     assert ready.data.study_uid == stored.StudyInstanceUID == keyed_uid(maker.study_uid, SECRET)
     assert stored.PatientID == pseudonym(PATIENT_ID, SECRET)
     assert np.array_equal(stored.pixel_array, original.pixel_array)
-    assert ready.data.array_key.startswith(f"datasets/research/{ready.data.series_uid}.")
+    assert ready.data.array_key.startswith(f"datasets/{bench.research}/{ready.data.series_uid}.")
     assert rejected.data.reason_code == "truncated"
 
 
@@ -105,10 +104,14 @@ async def test_no_sentinel_reaches_training_data(bench):
     maker = Maker("1.2.826.0.1.3680043.8.498.555666777", "1.2.826.0.1.3680043.8.498.555666777.8")
     dataset = real_ct(maker)
     sentinels = full_of_sentinels(dataset)
-    await ingested(bench, "keyed", part_10(dataset))
+    await ingested(bench, bench.keyed, part_10(dataset))
     (ready,) = bench.published.of(SeriesReady)
     revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
-    told = {name: body for name, body in (await everything(bench, "datasets/keyed/")).items() if "event" not in name}
+    told = {
+        name: body
+        for name, body in (await everything(bench, f"datasets/{bench.keyed}/")).items()
+        if "event" not in name
+    }
     known = [maker.study_uid, maker.series_uid, dataset.SOPInstanceUID, PATIENT_ID, "Secretperson"]
     known += [revision.digest, digest_of(revision.instances), revision.instances[0].sha]
     (sidecar,) = [json.loads(await bench.objects.get(key)) for key in told if key.endswith(".json")]
@@ -127,7 +130,7 @@ async def test_no_sentinel_reaches_training_data(bench):
 async def test_two_uploads_of_one_study_stay_together(bench, maker):
     """Instances of one series that come one by one have the same new UIDs; the same file again is the same instance."""
     files = [part_10(maker.ct(number)) for number in (0, 1, 0)]
-    await ingested(bench, "research", *files)
+    await ingested(bench, bench.research, *files)
     (ready,) = {event.id: event for event in bench.published.of(SeriesReady)}.values()
 
     assert ready.data.n_instances == 2
@@ -141,7 +144,7 @@ async def test_what_cannot_be_made_harmless_is_refused(bench, maker):
     report = maker.ct(0, Modality="SR", SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
     for keyword in ("PixelData", "Rows", "Columns", "BitsAllocated"):
         delattr(report, keyword)
-    await ingested(bench, "research", part_10(report), part_10(maker.ct(1, **WITH_TEXTS)))
+    await ingested(bench, bench.research, part_10(report), part_10(maker.ct(1, **WITH_TEXTS)))
 
     assert [event.data.reason_code for event in bench.published.of(UploadRejected)] == [
         "cannot_deidentify",
@@ -151,26 +154,26 @@ async def test_what_cannot_be_made_harmless_is_refused(bench, maker):
     assert not await bench.keys(f"studies/{keyed_uid(maker.study_uid, SECRET)}/")
 
 
-@pytest.mark.parametrize("dataset", ["research", "keyed"])
-async def test_a_region_rule_blanks_what_is_drawn_there(bench, maker, dataset):
+@pytest.mark.parametrize("studies", [True, False])
+async def test_a_region_rule_blanks_what_is_drawn_there(bench, maker, studies):
     """Where a rule knows the place of the texts the picture is taken without them, in instances and arrays."""
     pixels = np.full((20, 20), 2000, "<u2")
     pixels[10:] = 1000
     screen = {"Rows": 20, "Columns": 20, "PixelData": pixels.tobytes()} | WITH_TEXTS
-    await ingested(bench, dataset, part_10(maker.ct(0, **screen)))
+    await ingested(bench, bench.research if studies else bench.keyed, part_10(maker.ct(0, **screen)))
     (ready,) = bench.published.of(SeriesReady)
     revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
     stored = dcmread(io.BytesIO(await bench.objects.get(revision.instances[0].key))).pixel_array
     array = np.load(io.BytesIO(await bench.objects.get(revision.array_key)))
 
     assert array[0, 0].max() == -1 < array[0, 6].min()
-    assert (stored[:4] == 0).all() == (dataset == "research")
+    assert (stored[:4] == 0).all() == studies
     assert (stored[4:] == pixels[4:]).all()
 
 
 async def test_suspected_pictures_are_left_out_of_training_data(bench, maker):
     """With `studies: false` a screen is stored and routed, and is in no array; the other slices are."""
-    await ingested(bench, "keyed", part_10(maker.ct(0)), part_10(maker.ct(1, BurnedInAnnotation="YES")))
+    await ingested(bench, bench.keyed, part_10(maker.ct(0)), part_10(maker.ct(1, BurnedInAnnotation="YES")))
     (ready,) = bench.published.of(SeriesReady)
     revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
     sidecar = json.loads(await bench.objects.get(revision.array_key.replace(".npy", ".json")))
@@ -183,9 +186,9 @@ async def test_suspected_pictures_are_left_out_of_training_data(bench, maker):
 async def test_a_series_in_a_plain_and_a_keyed_dataset_is_keyed_in_the_second(bench, maker, make_zip):
     """The second dataset's array is made by its own rules, and not copied with the UIDs of the first."""
     body = make_zip({"a.dcm": part_10(maker.ct())})
-    for dataset in ("lung", "keyed"):
+    for dataset in ("lung", bench.keyed):
         await handle_uploads(await bench.upload(f"incoming/{dataset}/study.zip", body), ports=bench.ports)
 
-    assert not await bench.keys(f"datasets/keyed/{maker.series_uid}")
-    assert len(await bench.keys(f"datasets/keyed/{keyed_uid(maker.series_uid, SECRET)}.")) == 2
+    assert not await bench.keys(f"datasets/{bench.keyed}/{maker.series_uid}")
+    assert len(await bench.keys(f"datasets/{bench.keyed}/{keyed_uid(maker.series_uid, SECRET)}.")) == 2
     assert len(await bench.keys(f"datasets/lung/{maker.series_uid}.")) == 2

@@ -118,7 +118,7 @@ async def test_an_object_is_released_into_another_dataset(bench, maker, make_par
     for keyword in ("PixelData", "Rows", "Columns", "BitsAllocated"):
         delattr(report, keyword)
     body = make_part_10(report)
-    await handle_uploads(await bench.upload("incoming/research/report", body), ports=bench.ports)
+    await handle_uploads(await bench.upload(f"incoming/{bench.research}/report", body), ports=bench.ports)
     sha256 = hashlib.sha256(body).hexdigest()
     code, printed = quarantine("release", sha256, "--dataset", dataset)
     key = f"incoming/{dataset}/released/{sha256}"

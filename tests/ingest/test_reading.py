@@ -357,3 +357,44 @@ def test_the_bundled_files_of_pydicom_are_read_as_pydicom_reads_them():
 
             assert np.array_equal(stored.pixel_array, dcmread(path, force=True).pixel_array), path.name
     assert n_compared > 60
+
+
+def test_a_data_set_that_needs_no_writing_is_stored_as_it_came(maker, make_part_10):
+    """Where nothing is changed the stored bytes are those of the upload, and the file meta group is ours."""
+    upload = make_part_10(maker.ct())
+    at = upload.index(b"\x08\x00\x16\x00")
+    _, body = normalise(upload, CAPS)
+
+    assert body.endswith(upload[at:])
+    assert read(body).file_meta.ImplementationVersionName == "RADQUEUE"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        b"\x08\x00\x00\x00UL\x04\x00\x10\x00\x00\x00",  # a group's length
+        b"\x08\x00\x16\x00UI\x06\x001.2.3\x00",  # another SOP class before the one that counts
+        b"\x10\x00\x20\x00LO\x04\x00LEAK",  # a patient before the group that follows, and again there
+    ],
+)
+def test_what_stands_out_of_order_is_written_anew(maker, make_part_10, extra):
+    """An element is stored once, as it was understood: no other reader of the file can understand another one."""
+    upload = make_part_10(maker.ct())
+    at = upload.index(b"\x08\x00\x16\x00")
+    plain, body = normalise(upload, CAPS)
+    found, mixed = normalise(upload[:at] + extra + upload[at:], CAPS)
+
+    assert mixed == body
+    assert found.sha != plain.sha
+
+
+def test_a_uid_that_is_padded_with_spaces_is_stored_without(maker, make_part_10):
+    """The UIDs in the stored file are those of its key."""
+    dataset = maker.ct()
+    dataset.StudyInstanceUID = "1.2.3"
+    upload = make_part_10(dataset).replace(b"UI\x06\x001.2.3\x00", b"UI\x08\x001.2.3   ", 1)
+    found, body = normalise(upload, CAPS)
+
+    assert found.study_uid == "1.2.3"
+    assert b"1.2.3\x00" in body
+    assert b"1.2.3 " not in body

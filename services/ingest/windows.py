@@ -1,0 +1,59 @@
+"""The window of a dataset where `datasets.yaml` names none: percentiles of its first series, stored once.
+
+Slices of one dataset must be comparable, so a window may not depend on the series that it is applied to. The first
+series of a Modality that has any grey values decides, `If-None-Match: *` keeps it, and all later arrays are made by it.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+
+from pydantic import BaseModel, ConfigDict
+
+from services.ingest.arrays import ArrayConfig
+from shared.objects import ObjectStore
+from shared.once import store_once, stored
+
+OTHER = "other"
+"""In place of a Modality that is missing, or is no code: it came from a file, and becomes part of a key."""
+
+Measure = Callable[[], Awaitable[tuple[float, float] | None]]
+
+
+class DatasetWindow(BaseModel):
+    """The window of one Modality in a dataset, and where it comes from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    window: tuple[float, float]
+    """Modality values that become -1 and 1."""
+    config: Mapping[str, object]
+    """What the percentiles were asked by."""
+    source: Mapping[str, str]
+    """The series they are of, as its array names it."""
+
+
+def window_key(dataset: str, modality: object, config: ArrayConfig) -> str:
+    """Return where the window lies that arrays of this configuration, which has none, are made by."""
+    code = modality if isinstance(modality, str) and re.fullmatch(r"[A-Z]{2,16}", modality) else OTHER
+    return f"datasets/{dataset}/window.{code}.{config.hash()}.json"
+
+
+async def window_of(
+    key: str, config: ArrayConfig, source: Mapping[str, str], measure: Measure, objects: ObjectStore
+) -> tuple[float, float] | None:
+    """Return the dataset's window; where there is none yet, store what `measure` finds. None where it finds none.
+
+    Of two workers that measure at the same time one window is stored, and both get that one.
+
+    Raises:
+        Unprocessable: `invalid_record`: what lies under the key is no window.
+        Unavailable: S3 does not answer.
+    """
+    found = await stored(objects, key, DatasetWindow)
+    if found is None:
+        window = await measure()
+        if window is None:
+            return None
+        found = DatasetWindow(window=window, config=config.described(), source=source)
+        found = await store_once(objects, key, found)
+    return found.window
