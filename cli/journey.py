@@ -8,7 +8,6 @@ quarantine by its hash, if it was refused after this upload: an earlier refusal 
 following needs no message, can begin at any time, and ends at once where all is there.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from cli.client import Client, Refused, Stored
 from cli.uploads import Instance, Upload, instances
+from services.inference.reasons import explained
 from services.inference.records import StudyRouting, result_prefix, study_prefix
 from shared.dicom import Revision, revision_key, series_prefix, stored_instance
 
@@ -26,6 +26,10 @@ LOOKS_PER_LISTING = 5
 STAGES = ("uploaded", "stored", "settled", "inferred", "pushed")
 ENDS = {"pushed", "skipped", "no_match", "failed", "rejected"}
 """Stages that nothing follows. `skipped`: no route leads to a MAP; `no_match`: the MAPs found no series to work on."""
+
+
+OF_FAILURE = ("reason_code", "error_type", "where", "why", "remedy", "log")
+"""What is told of a MAP that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class Series:
     stage: str = "uploaded"
     digest: str | None = None
     maps: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What each MAP's result.json or failure.json says, by the MAP's name."""
+    """What each MAP's result.json says, or its failure.json as `outcome_of` has it, by the MAP's name."""
     rejections: list[Rejection] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Since the following began, when each stage was first seen."""
@@ -102,13 +106,12 @@ class Series:
             "warnings": self.warnings,
             "results": [
                 {
-                    "map": name,
-                    "outcome": result.get("outcome", "failed"),
-                    "reason_code": result.get("reason_code"),
-                    "duration_s": result.get("duration_s"),
+                    "map": called,
+                    "outcome": result["outcome"],
+                    **{name: result.get(name) for name in (*OF_FAILURE, "duration_s")},
                     "outputs": result.get("outputs", []),
                 }
-                for name, result in self.maps.items()
+                for called, result in self.maps.items()
             ],
             "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
         }
@@ -265,8 +268,9 @@ class Journey:
             starts |= given
             keys += [key for start in given.values() for key in _keys(self._client.stored(start))]
         for name, start in starts.items():
-            if name not in series.maps and (ended := _ended(keys, start)) is not None:
-                series.maps[name] = json.loads(self._client.get(ended) or b"{}")
+            ended = _ended(keys, start) if name not in series.maps else None
+            if ended is not None and (told := outcome_of(self._client, ended)):
+                series.maps[name] = told
         series.stage = _stage_of(series, starts, keys)
 
     def _study_results(self, series: Series) -> dict[str, str] | None:
@@ -304,6 +308,25 @@ class Journey:
         return written is not None and other is not None and written < other
 
 
+def outcome_of(client: Client, key: str) -> dict[str, Any]:
+    """Return what a `result.json` says, or a `failure.json` with `outcome`, `why` and `remedy`, and `log`, a URL.
+
+    Empty where a failure is gone: its MAP runs again.
+    `log_key` is where what the MAP printed is in the bucket; None where it was not run, or the log is gone.
+    """
+    record = client.get_json(key) or {}
+    if not record or key.endswith("/result.json"):
+        return record
+    prefix = key.rpartition("/")[0]
+    # What was pushed, and refused, another attempt may have made.
+    made = client.get_json(f"{prefix}/outputs.json") or {}
+    logs = [f"{prefix}/attempts/{one['attempt']}/log.txt" for one in (record, made) if "attempt" in one]
+    log = next((log for log in logs if client.exists(log)), None)
+    why, remedy = explained(record["reason_code"])
+    more = {"log_key": log, "log": client.url(log) if log is not None else None}
+    return record | {"outcome": "failed", "why": why, "remedy": remedy, **more}
+
+
 def _under(keys: Iterable[str], start: str, ending: str) -> str | None:
     """Return the key of a MAP's record; its digest is left open, as a worker with a newer MAP answers under its own."""
     return next((key for key in keys if key.startswith(start) and key.endswith("/" + ending)), None)
@@ -323,7 +346,7 @@ def _stage_of(series: Series, starts: dict[str, str], keys: Sequence[str]) -> st
 
 
 def _end_of(results: Iterable[dict[str, Any]]) -> str:
-    outcomes = {result.get("outcome", "failed") for result in results}
+    outcomes = {result["outcome"] for result in results}
     if "failed" in outcomes:
         return "failed"
     return "pushed" if "completed" in outcomes else "no_match"

@@ -10,10 +10,12 @@ from urllib.parse import urlsplit
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from rich.markup import escape
 from rich.table import Table
 
 from cli import show
 from cli.client import Client, Refused, WrongUsage
+from services.inference.reasons import several
 from services.inference.routing import RoutingTable, read
 from services.inference.settings import InferenceSettings
 from services.ingest.assembly import DEFER_BYTES
@@ -32,7 +34,8 @@ def route(environ: Mapping[str, str], study: str, maps: str | None) -> dict[str,
     local = Path(study).is_dir()
     if not local and not is_uid(study):
         raise WrongUsage(f"{study} is neither a folder nor a StudyInstanceUID")
-    table = read(_text(maps or load(InferenceSettings, environ).maps_file, environ))
+    place = maps or load(InferenceSettings, environ).maps_file
+    table = read(_text(place, environ), place.rpartition("/")[2])
     return routed(table, _local(Path(study)) if local else _stored(Client(environ), study))
 
 
@@ -41,7 +44,8 @@ def show_routes(found: Mapping[str, Any]) -> None:
     for series in found["series"]:
         show.out.print(_table(series))
     for name, taken in found["studies"].items():
-        show.say(f"{name}: {len(taken)} series in one run, once the study has settled")
+        once = f"{len(taken)} series in one run, once the study has settled"
+        show.say(f"{name}: {once if taken else 'takes no series of the study'}")
 
 
 def routed(table: RoutingTable, revisions: Iterable[Revision]) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def routed(table: RoutingTable, revisions: Iterable[Revision]) -> dict[str, Any]
         answers = []
         for one in table.maps:
             unmet = one.unmet(revision)
-            wanted = one.model_dump(mode="json")["when"]
+            wanted = one.model_dump(mode="json", exclude_none=True)["when"]
             failed = {name: {"wanted": wanted[name], "has": has} for name, has in unmet.items()}
             answers.append({"map": one.name, "level": one.level, "takes": not unmet, "unmet": failed})
             if one.level == "study" and not unmet:
@@ -121,9 +125,29 @@ def _revision(uids: tuple[str, str], headers: list[Dataset]) -> Revision:
 
 
 def _table(series: Mapping[str, Any]) -> Table:
-    title = f"series {series['series_uid']} ({series['modality'] or 'no modality'}, {series['n_instances']} instances)"
+    n_instances = several(series["n_instances"], "instance")
+    title = f"series {series['series_uid']} ({series['modality'] or 'no modality'}, {n_instances})"
     table = Table("MAP", "takes it", "what is not met", title=title, title_justify="left")
     for answer in series["maps"]:
-        unmet = [f"{name}: wants {one['wanted']}, has {one['has']}" for name, one in answer["unmet"].items()]
-        table.add_row(answer["map"], "yes" if answer["takes"] else "no", "\n".join(unmet))
+        unmet = [f"{name}: wants {_wish(one['wanted'])}, {_fact(one['has'])}" for name, one in answer["unmet"].items()]
+        table.add_row(escape(answer["map"]), "yes" if answer["takes"] else "no", escape("\n".join(unmet)))
     return table
+
+
+def _wish(condition: Any) -> str:
+    """Return a condition in words."""
+    if isinstance(condition, list):
+        return " or ".join(map(str, condition))
+    if not isinstance(condition, dict):
+        return str(condition)
+    if "missing" in condition:
+        return "none" if condition["missing"] else "any value"
+    words = {"regex": "a match of {}", "min": "at least {:g}", "max": "at most {:g}"}
+    return " and ".join(words[name].format(value) for name, value in condition.items())
+
+
+def _fact(value: Any) -> str:
+    """Return what a series has, in words."""
+    if value is None or value in ("", []):
+        return "missing"
+    return f"has {', '.join(map(str, value))}" if isinstance(value, list) else f"has {value}"

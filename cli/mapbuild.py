@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +23,17 @@ from typing import Any
 from cli import mapentry
 from services.inference.engine import PULL_S, Engine, EngineFailed, run
 from services.inference.manifests import BrokenMap, Needs, read_app_yaml
-from services.inference.maps import Map, digest_of, entry_of, models_of, read_source
+from services.inference.maps import Map, digest_of, entry_of, left_out, models_of, read_source
 
 DATE = 315_532_800
 """1980-01-01, of all files where SOURCE_DATE_EPOCH does not name another second."""
 UID = 1000
 APP, MODELS, WORK = "/opt/holoscan/app", "/opt/holoscan/models", "/var/holoscan"
 CONFIG = f"{WORK}/app.yaml"
-LEFT_OUT = {"__pycache__"}
-LINES = 15
-"""Of a failed build that are shown."""
+LINES, COLUMNS = 6, 240
+"""Of a failed build that are shown; its log has all."""
+_TELLING = re.compile(r"error|fail|denied|not found|no such|cannot|unable|invalid", re.IGNORECASE)
+"""Lines that tell why a build failed."""
 ENVIRONMENT = {
     "HOLOSCAN_APPLICATION": APP,
     "HOLOSCAN_INPUT_PATH": f"{WORK}/input",
@@ -78,6 +79,7 @@ def build(
     timeout_s: float = 0,
     install: bool = True,
     context: Path | None = None,
+    arguments: Sequence[str] = (),
     say: Callable[[str], None],
     environ: Mapping[str, str],
 ) -> Built:
@@ -85,13 +87,15 @@ def build(
 
     What `requirements.txt` names is installed, unless the base has it and `install` is not set. `timeout_s` goes before
     the one in `app.yaml`. `context` keeps the build context; it must not exist. Without an `engine`, buildah builds,
-    and without that nothing does.
+    and without that nothing does. `arguments` are more of its `build`.
 
     Raises:
         BrokenMap: the folder is no application.
         EngineFailed: the build failed.
     """
     date = int(environ.get("SOURCE_DATE_EPOCH") or DATE)
+    if install and not (folder / "requirements.txt").is_file():
+        say(f"there is no requirements.txt in {folder}: nothing is installed, and the program has what {base} has")
     buildah = shutil.which("buildah") if engine is None else None
     with tempfile.TemporaryDirectory(prefix="radqueue-map-") as temporary:
         place = context or Path(temporary, "context")
@@ -105,10 +109,10 @@ def build(
             return Built(context, pinned, done=False)
         say(f"building {tag} on {pinned}")
         if engine is not None:
-            _build_with(engine, place, tag, date)
+            _build_with(engine, place, tag, date, arguments)
             made = read_source("built", tag, engine=engine)
         else:
-            _run_builder([str(buildah), "build", *_podman_arguments(tag, date), str(place)], {})
+            _run_builder([str(buildah), "build", *_podman_arguments(tag, date), *arguments, str(place)], {})
             made = None
     return Built(context, pinned, done=True, image=made)
 
@@ -133,6 +137,7 @@ def write_context(
     if entry is None or not folder.is_dir():
         raise BrokenMap(f"{folder} is no application: it holds neither app.py nor __main__.py.")
     found = models or models_of(folder)
+    source_digest = digest_of(folder, *([found] if found is not None and not found.is_relative_to(folder) else []))
     config = folder / "app.yaml"
     needs, application = read_app_yaml(config.read_bytes()) if config.is_file() else (Needs(), {})
     requirements = folder / "requirements.txt"
@@ -175,9 +180,7 @@ def write_context(
         "org.opencontainers.image.base.name": base.partition("@")[0],
         "org.opencontainers.image.base.digest": base.partition("@")[2],
         "org.monai.deploy.app-sdk": sdk_version or "",
-        "io.radqueue.source-digest": digest_of(folder, found)
-        if found is not None and inside is None
-        else digest_of(folder),
+        "io.radqueue.source-digest": source_digest,
     }
     environment = ENVIRONMENT | {"HOLOSCAN_TIMEOUT": f"{timeout_s:g}"}
     text = dockerfile(base, labels, environment, requirements=required if install else "")
@@ -283,13 +286,13 @@ def _pinned(base: str, engine: Engine | None, buildah: str | None, say: Callable
     return pinned or base
 
 
-def _build_with(engine: Engine, context: Path, tag: str, date: int) -> None:
+def _build_with(engine: Engine, context: Path, tag: str, date: int, arguments: Sequence[str]) -> None:
     if engine.kind == "podman":
-        _run_builder([engine.program, "build", *_podman_arguments(tag, date), str(context)], {})
+        _run_builder([engine.program, "build", *_podman_arguments(tag, date), *arguments, str(context)], {})
         return
     output = f"type=docker,name={tag},rewrite-timestamp=true"
     dated = ["--build-arg", f"SOURCE_DATE_EPOCH={date}", "--output", output]
-    _run_builder([engine.program, "build", *dated, str(context)], {"DOCKER_BUILDKIT": "1"})
+    _run_builder([engine.program, "build", *dated, *arguments, str(context)], {"DOCKER_BUILDKIT": "1"})
 
 
 def _podman_arguments(tag: str, date: int) -> list[str]:
@@ -298,26 +301,27 @@ def _podman_arguments(tag: str, date: int) -> list[str]:
 
 def _run_builder(argv: list[str], environ: Mapping[str, str]) -> None:
     done = run(argv, check=False, timeout_s=PULL_S, environ=environ)
-    if done.returncode != 0:
-        lines = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines()
-        raise EngineFailed("\n".join(["the build failed:", *lines[-LINES:]]))
+    if done.returncode == 0:
+        return
+    printed = done.stdout + done.stderr
+    with tempfile.NamedTemporaryFile(prefix="radqueue-build-", suffix=".log", delete=False) as log:
+        log.write(printed)
+    lines = [line.strip()[:COLUMNS] for line in printed.decode(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if _TELLING.search(line)] or lines
+    raise EngineFailed("\n  ".join(["the build failed:", *telling[-LINES:], f"All that it printed is in {log.name}"]))
 
 
 def _copy(source: Path, target: Path, *, without: Path | None) -> None:
-    """Copy a folder's content, or a file, without hidden files, compiled Python and the folder `without`."""
+    """Copy a folder's content, or a file, without what is no part of a MAP and the folder `without`."""
     if source.is_file():
         target.mkdir(parents=True)
         shutil.copyfile(source, target / source.name)
         return
 
-    def left_out(folder: str, names: list[str]) -> list[str]:
-        return [
-            name
-            for name in names
-            if name.startswith(".") or name in LEFT_OUT or (without is not None and Path(folder, name) == without)
-        ]
+    def ignored(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if left_out(Path(folder), name) or Path(folder, name) == without]
 
-    shutil.copytree(source, target, ignore=left_out, ignore_dangling_symlinks=True)
+    shutil.copytree(source, target, ignore=ignored, ignore_dangling_symlinks=True)
 
 
 def _date(context: Path, date: int) -> None:

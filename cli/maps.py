@@ -1,9 +1,10 @@
 """`radqueue map …`: check a MAP, build it into an image, run it by hand, look into it."""
 
 import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -35,6 +36,10 @@ def check(
     models: Models = None,
     isolation: Isolation = "warm",
     deadline: Deadline = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(help="What it must write, as in maps.yaml: SEG=1; may be repeated; any: other files will do."),
+    ] = None,
     log: Log = None,
     json: Json = False,
 ) -> None:
@@ -46,6 +51,7 @@ def check(
         source,
         study,
         serving=mapwork.serving(isolation, deadline),
+        least=mapwork.least_of(outputs or []),
         log=log,
         say=show.progress,
         python=python,
@@ -86,6 +92,9 @@ def run(
     else:
         at = " ".join(part for part in (told["error_type"], told["where"]) if part)
         show.say(f"{told['outcome']} in {told['duration_s']:.1f} s on {told['device']}{f': {at}' if at else ''}")
+        if told["why"]:
+            show.say(f"  {told['why']}. {told['remedy']}")
+            show.say(f"  What it printed: {log}" if log is not None else "  --log FILE writes what it prints.")
         show.paths(told["files"])
     raise typer.Exit(0 if told["outcome"] in {"ran", "no_matching_series"} else 1)
 
@@ -139,9 +148,25 @@ def show_(context: typer.Context, *, source: Source, json: Json = False) -> None
     if json:
         show.json(told)
         return
-    for key, value in told.items():
-        if value:
-            show.say(f"{key}: {shlex.join(value) if isinstance(value, list) else value}")
+    for label, value in described(told):
+        show.say(f"{label:<18}{value}")
+
+
+def described(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what `map show` tells, for people: a label and a text each; what a MAP does not say is left out."""
+    sizes = {name: told[f"{name}_bytes"] for name in ("memory", "gpu_memory", "shared_memory")}
+    shown = {
+        **{name: told[name] for name in ("digest", "application", "models")},
+        "command": shlex.join(told["command"]),
+        "timeout": f"{told['timeout_s']:g} s" if told["timeout_s"] else None,
+        "processors": f"{told['cpu']:g}" if told["cpu"] else None,
+        "GPUs": told["gpu"],
+        **{name.replace("_", " "): f"{size / (1 << 30):.3g} GiB" for name, size in sizes.items() if size},
+        "not understood": "; ".join(told["unknown"]),
+        **{name: told.get(name) for name in ("image", "user")},
+    }
+    yield from ((label, str(value)) for label, value in shown.items() if value)
+    yield from (("label", f"{name}={value}") for name, value in sorted(told.get("labels", {}).items()))
 
 
 @app.command()

@@ -2,14 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import boto3
+import pydicom
 from botocore.exceptions import BotoCoreError, ClientError
+from pydicom.errors import InvalidDicomError
 
 from cli import mapbuild
 from cli.client import Refused, WrongUsage
@@ -19,6 +22,7 @@ from services.inference.engine import EngineFailed, ecr_of
 from services.inference.manifests import BrokenMap
 from services.inference.maps import Map, is_image, read_source
 from services.inference.preflight import Finding
+from services.inference.reasons import explained
 from services.inference.runner import Serving
 from services.inference.settings import InferenceSettings
 from shared.child import ChildFailed
@@ -42,26 +46,45 @@ def _engine_told() -> Iterator[None]:
 
 
 def check(
-    environ: Environ, source: str, study: Path | None, *, serving: Serving, log: Path | None, say: Say, **where: Any
+    environ: Environ,
+    source: str,
+    study: Path | None,
+    *,
+    serving: Serving,
+    least: Mapping[str, int] | None,
+    log: Path | None,
+    say: Say,
+    **where: Any,
 ) -> list[Finding]:
-    """Return what was found of a MAP, and of a run on the files of `study`; `where` is as for `read`."""
+    """Return what was found of a MAP, and of a run on the files of `study`; `where` is as for `read`.
+
+    `least` is what it must write, as `outputs` of `maps.yaml`.
+    """
     settings = load(InferenceSettings, environ)
     if study is not None:
-        _require(study)
+        require_study(study)
     try:
         found = read(environ, source, **where)
     except (BrokenMap, EngineFailed) as problem:
         return [Finding("manifests", "error", str(problem), "docs/maps.md says what a MAP is.")]
     _be_quiet()
     devices = gpus.installed()
-    findings = [*preflight.check_manifests(found), *preflight.check_gpu(found, devices)]
+    findings = [
+        *preflight.check_manifests(found, deadline_s=serving.deadline_s),
+        *preflight.check_gpu(found, devices),
+    ]
     say("importing it")
-    findings += preflight.probe(found, gpu=bool(devices and found.needs.gpu))
-    if study is not None and not any(one.level == "error" for one in findings):
-        say("running it")
-        checking = preflight.check_study(found, study, serving=serving, bounds=bounds_of(settings), log=log)
-        findings += asyncio.run(checking)
-    return findings
+    findings += preflight.probe(found, gpu=bool(devices and found.needs.gpu), warm=serving.isolation == "warm")
+    if study is None:
+        return findings
+    if any(one.level == "error" for one in findings):
+        return [*findings, Finding("study", "warning", "it was not run", "Mend the errors above first.")]
+    if not preflight.dicom_in(study):
+        remedy = "Give a DICOM study: a worker gives a MAP nothing else."
+        findings.append(Finding("study", "warning", f"there is no DICOM file in {study}", remedy))
+    say("running it")
+    how: dict[str, Any] = {"serving": serving, "bounds": bounds_of(settings), "least": least, "log": log}
+    return findings + asyncio.run(preflight.check_study(found, study, **how))
 
 
 @_engine_told()
@@ -70,7 +93,7 @@ def run(
 ) -> dict[str, Any]:
     """Run a MAP on the files of `study`, write what it makes to `output`, and tell what came of it."""
     settings = load(InferenceSettings, environ)
-    _require(study)
+    require_study(study)
     found = read(environ, source, **where)
     _be_quiet()
     trying = preflight.try_study(found, study, output, serving=serving, bounds=bounds_of(settings), log=log)
@@ -83,6 +106,9 @@ def run(
     told = {key: value for key, value in asdict(tried.run).items() if key not in {"rss_bytes", "was_first"}}
     if tried.run.outcome == "ran" and not tried.files:
         told["outcome"] = "no_output"
+    told["why"], told["remedy"] = {"ran": ("", ""), "no_matching_series": preflight.NO_SERIES}.get(
+        told["outcome"], explained(told["outcome"])
+    )
     return told | {"map_digest": found.digest, "files": [str(output / path) for path in tried.files]}
 
 
@@ -102,7 +128,8 @@ def build(
         engine = None
         say(str(failed))
     models = models.resolve() if models is not None else None
-    built = mapbuild.build(folder.resolve(), tag, engine=engine, models=models, say=say, environ=environ, **how)
+    how |= {"arguments": shlex.split(settings.engine_build_args), "environ": environ}
+    built = mapbuild.build(folder.resolve(), tag, engine=engine, models=models, say=say, **how)
     pushed = None
     if push and engine is not None:
         say(f"pushing {tag}")
@@ -190,9 +217,34 @@ def _be_quiet() -> None:
     silence()
 
 
-def _require(study: Path) -> None:
+def require_study(study: Path) -> None:
+    """See that `--input` names one study, or files that are no DICOM. Raises `WrongUsage`."""
     if not study.exists():
         raise WrongUsage(f"--input: {study} does not exist")
+    if study.is_dir() and not any(path.is_file() for path in study.rglob("*")):
+        raise WrongUsage(f"--input: there is no file in {study}")
+    uids = {uid for path in preflight.dicom_in(study) if (uid := _study_of(path)) is not None}
+    if len(uids) > 1:
+        raise WrongUsage(f"--input: {study} holds {len(uids)} studies, and a MAP is given one; name the folder of one")
+
+
+def _study_of(path: Path) -> str | None:
+    try:
+        return str(pydicom.dcmread(path, specific_tags=["StudyInstanceUID"]).StudyInstanceUID)
+    except (InvalidDicomError, AttributeError, OSError, EOFError, ValueError):
+        return None
+
+
+def least_of(outputs: Sequence[str]) -> dict[str, int] | None:
+    """Return what `--outputs` means: `SEG=1`, repeated, or `any`. Raises `WrongUsage`."""
+    if not outputs:
+        return None
+    if list(outputs) == ["any"]:
+        return {}
+    pairs = [one.partition("=") for one in outputs]
+    if not all(modality and least.isdecimal() and int(least) for modality, _, least in pairs):
+        raise WrongUsage("--outputs: write MODALITY=NUMBER, such as SEG=1, or any")
+    return {modality: int(least) for modality, _, least in pairs}
 
 
 def _authorization(tag: str, environ: Environ) -> str | None:

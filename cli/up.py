@@ -57,6 +57,10 @@ class StackFailed(Exception):  # noqa: N818 - it states what became of it
     """radqueue does not run here; the text says why, for people."""
 
 
+class StackMisconfigured(StackFailed):
+    """A service cannot use its settings, or what they name; the text holds all that it says of them."""
+
+
 @dataclass(slots=True)
 class _Process:
     """One process: how it is started, and how it fares."""
@@ -107,6 +111,11 @@ class _Process:
         plain = [line for line in lines if line.strip() and not line.startswith("{")]
         return "\n".join((plain or lines)[-TAIL_LINES:])
 
+    def complaints(self) -> str:
+        """Return what it says of its settings: each line begins with who says it."""
+        said = (line.partition(f"radqueue {self.name}: ") for line in self.said().decode(errors="replace").splitlines())
+        return "\n".join(f"  {line}" for before, found, line in said if found and not before) or self.last_words()
+
     def signal(self, number: signal.Signals) -> None:
         if self.running is not None and self.running.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -148,7 +157,7 @@ class Stack:
         self.logs = self.directory / "logs"
         self.env: dict[str, str] = {}
         """What a client needs in its environment, once the local AWS is ready; as in local.env."""
-        self.failure: str | None = None
+        self._failed: StackFailed | None = None
         self._port, self._services, self._say = port, tuple(services), say
         self._environ = dict(os.environ if environ is None else environ)
         self._processes: dict[str, _Process] = {}
@@ -181,6 +190,11 @@ class Stack:
         return {name: running.pid for name, running in alive if running is not None and running.poll() is None}
 
     @property
+    def failure(self) -> str | None:
+        """Why it has ended by itself, if it has."""
+        return str(self._failed) if self._failed is not None else None
+
+    @property
     def client_environ(self) -> dict[str, str]:
         """The whole environment of a process that is to use this AWS and nothing of the user's."""
         return _without_aws(self._environ) | self.env
@@ -207,8 +221,8 @@ class Stack:
 
     def check(self) -> None:
         """Raise `StackFailed` if it has ended by itself."""
-        if self.failure is not None:
-            raise StackFailed(self.failure)
+        if self._failed is not None:
+            raise self._failed
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for its end, at most `timeout_s`; tells whether it ended."""
@@ -239,9 +253,9 @@ class Stack:
             while not self._stop.wait(TICK_S):
                 self._tick()
         except StackFailed as failed:
-            self.failure = str(failed)
+            self._failed = failed
         except OSError as error:
-            self.failure = f"cannot run in {self.directory}: {error.strerror}"
+            self._failed = StackFailed(f"cannot run in {self.directory}: {error.strerror}")
         finally:
             try:
                 self._shut_down()
@@ -305,7 +319,7 @@ class Stack:
         words = service.last_words()
         self._note("died", process=service.name, exit_code=code)
         if code == EXIT_MISCONFIGURED:
-            raise StackFailed(f"{service.name} is misconfigured\n{words}")
+            raise StackMisconfigured(f"{service.name} is misconfigured:\n{service.complaints()}")
         quick = not service.ready or time.monotonic() - service.started < QUICK_DEATH_S
         service.quick_deaths = service.quick_deaths + 1 if quick else 0
         if service.quick_deaths >= QUICK_DEATHS:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from services.inference.archive import (
     ImportJobs,
     S3Only,
 )
-from services.inference.gpus import reserved
+from services.inference.gpus import Share
 from services.inference.handler import infer, route
 from services.inference.records import result_prefix
 from services.inference.routing import Target
@@ -63,8 +63,7 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
     """Consume the inference queue until `stop` is set.
 
     Raises:
-        WorkerUnfit: after a stop because a MAP was changed on disk, or a GPU was lost; a new process can handle what
-            was given back.
+        WorkerUnfit: after a stop because a GPU was lost; a new process can handle what was given back.
     """
     silence()
     objects = ObjectStore(aws.s3, settings.bucket)
@@ -77,16 +76,16 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
     async with AsyncExitStack() as stack:
         archives = await stack.enter_async_context(open_archives(settings, aws, objects))
         table = Place(settings.maps_file, aws.s3)
-        sources = Sources(table.folder, partial(open_ecr, aws), settings.find_engine)
-        fleet = Fleet(table, sources, archives, objects, publish, metrics, clock)
+        sources = Sources(table.folder, partial(open_ecr, aws), settings.find_engine, table.file)
+        gpus = stack.enter_context(closing(Share(settings.work_dir / "gpus", allowed)))
+        fleet = Fleet(table, sources, archives, objects, publish, metrics, clock, gpus)
         await fleet.begin()
         maps = fleet.maps
-        needs = [found.map.needs for found in maps.values()]
-        gpus = await stack.enter_async_context(reserved(settings.work_dir / "gpus", needs, allowed))
+        await gpus.wait_for(found.map.needs for found in maps.values())
         runner = MapRunner(
             [found.map for found in maps.values()],
             serving={name: serving_of(found.route) for name, found in maps.items()},
-            bounds=bounds_of(settings, gpus),
+            bounds=bounds_of(settings, gpus.devices),
         )
         handle_request = partial(
             infer,

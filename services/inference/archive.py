@@ -134,15 +134,15 @@ class Archives:
     originals: bool = False
     """Whether the series that a MAP read is pushed before its results, where the MAP's route does not say."""
 
-    def require(self, routes: Iterable[Route]) -> None:
-        """See that each route's archive is there.
+    def require(self, routes: Iterable[Route], file: str) -> None:
+        """See that each route's archive is there; `file` is what messages call the table.
 
         Raises:
             Misconfigured: one is not.
         """
         for route in routes:
             if route.push is not None and route.push not in self.by_target:
-                raise Misconfigured(f"maps.yaml: {route.name}: push: {route.push} needs {NEEDED[route.push]}.")
+                raise Misconfigured(f"{file}: {route.name}: push: {route.push} needs {NEEDED[route.push]}.")
 
     def of(self, route: Route | None) -> tuple[Archive, bool]:
         """Return the archive for a MAP's results, and whether its inputs go there as well."""

@@ -4,7 +4,8 @@ Theory of operation. CUDA gives memory to whoever comes first, and fails whoever
 So each worker writes down what its MAPs ask for before it starts them: a file per worker and GPU in a folder that all
 workers of the machine share, with the bytes in it, and locked for as long as the worker lives. The kernel releases the
 lock however the worker ends, so a file without a lock is nobody's. Who finds no room waits: in a replacement of workers
-the one before is about to end.
+the one before is about to end. A MAP that comes later, with a new table or in a new version, is reserved for before it
+is tried; without room for it, it is tried again at the next look, and what serves goes on.
 """
 
 import asyncio
@@ -13,8 +14,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ QUERY = ("nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,nohe
 QUERY_S = 60
 WAIT_S = 2
 MIB = 1 << 20
+DIGITS = 20
+"""Of a number in such a file: a number that replaces another one is as long."""
 log = get_logger()
 
 
@@ -52,51 +55,95 @@ def parse(text: str) -> list[Gpu]:
     return [Gpu(index, uuid, int(mib) * MIB) for index, uuid, mib in rows if mib.isdigit()]
 
 
-@asynccontextmanager
-async def reserved(folder: Path, needs: Iterable[Needs], allowed: Sequence[str]) -> AsyncIterator[tuple[str, ...]]:
-    """Give the UUIDs of the devices that this worker's MAPs may use; waits until there is room for all of them.
+class Share:
+    """What one worker has of the machine's GPUs, until it is closed."""
 
-    `folder` is the same for all workers of the machine; `allowed` names devices by number or UUID, all where it is
-    empty. A MAP that wants a GPU and does not say how much of its memory gets a whole one. Where no MAP wants one, or
-    the machine has none, `allowed` is returned as it is.
+    def __init__(self, folder: Path, allowed: Sequence[str]) -> None:
+        """Hold nothing yet.
 
-    Raises:
-        Misconfigured: the MAPs ask for more than there is.
-    """
-    wanting = [one for one in needs if one.gpu]
-    devices = await asyncio.to_thread(installed) if wanting else []
-    if not devices:
-        yield tuple(allowed)
-        return
-    usable = [one for one in devices if not allowed or one.index in allowed or one.uuid in allowed]
-    n = max(one.gpu for one in wanting)
-    said = [one.gpu_memory_bytes for one in wanting]
-    asked = None if None in said else sum(filter(None, said))
-    if sum(one.memory_bytes >= (asked or 0) for one in usable) < n:
-        raise Misconfigured(f"RADQUEUE_GPUS: the MAPs ask for {n} GPUs with {(asked or 0) // MIB} MiB each.")
-    with ExitStack() as held:
-        while len(found := _take(folder, usable, n, asked, held)) < n:
-            log.info("gpu.waiting", gpus=n, memory_bytes=asked)
+        `folder` is the same for all workers of the machine; `allowed` names devices by number or UUID, all where it is
+        empty.
+        """
+        self._folder, self._allowed = folder, tuple(allowed)
+        self._held: dict[str, int] = {}
+        """The locked files that say how much, by the UUID of the device."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The UUIDs of the devices that MAPs may use; what is allowed, while none of them wants one."""
+        return tuple(self._held) or self._allowed
+
+    async def wait_for(self, needs: Iterable[Needs]) -> None:
+        """Reserve what MAPs ask for together; waits until there is room for all of them. Raises as `cover` does."""
+        wanted = list(needs)
+        while not await asyncio.to_thread(self.cover, wanted):
+            log.info("gpu.waiting")
             await asyncio.sleep(WAIT_S)
-        log.info("gpu.reserved", gpus=[one.uuid for one in found], memory_bytes=asked)
-        yield tuple(one.uuid for one in found)
+
+    def cover(self, needs: Iterable[Needs]) -> bool:
+        """Reserve what MAPs ask for together, instead of what was reserved before; tell whether there is room.
+
+        A MAP that wants a GPU and does not say how much of its memory gets a whole one. Without room nothing changes;
+        on a machine without a GPU nothing is reserved.
+
+        Raises:
+            Misconfigured: the MAPs ask for more than there is.
+        """
+        wanting = [one for one in needs if one.gpu]
+        devices = installed() if wanting else []
+        if not devices:
+            self._release()
+            return True
+        usable = [one for one in devices if not self._allowed or {one.index, one.uuid} & {*self._allowed}]
+        # Those that are held stay: the processes that run use them.
+        usable.sort(key=lambda one: one.uuid not in self._held)
+        n = max(len(self._held), *(one.gpu for one in wanting))
+        said = [one.gpu_memory_bytes for one in wanting]
+        asked = None if None in said else sum(filter(None, said))
+        if sum(one.memory_bytes >= (asked or 0) for one in usable) < n:
+            raise Misconfigured(f"RADQUEUE_GPUS: the MAPs ask for {n} GPUs with {(asked or 0) // MIB} MiB each.")
+        return self._take(usable, n, asked)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._release()
+
+    def _take(self, devices: Sequence[Gpu], n: int, asked: int | None) -> bool:
+        """Reserve memory on `n` devices, all or none; `asked` bytes of each, or the whole of it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self._folder):  # one worker at a time counts and takes
+            with_room = [one for one in devices if self._taken_by_others(one) + _share(one, asked) <= one.memory_bytes]
+            if len(with_room) < n:
+                return False
+            for one in with_room[:n]:
+                if one.uuid not in self._held:
+                    self._held[one.uuid], _ = tempfile.mkstemp(dir=self._folder / one.uuid)
+                    fcntl.flock(self._held[one.uuid], fcntl.LOCK_EX)
+                _write(self._held[one.uuid], _share(one, asked))
+            for uuid in self._held.keys() - {one.uuid for one in with_room[:n]}:
+                os.close(self._held.pop(uuid))
+        log.info("gpu.reserved", gpus=list(self._held), memory_bytes=asked)
+        return True
+
+    def _taken_by_others(self, gpu: Gpu) -> int:
+        mine = _read(self._held[gpu.uuid]) if gpu.uuid in self._held else 0
+        return _taken(self._folder / gpu.uuid) - mine
+
+    def _release(self) -> None:
+        while self._held:
+            os.close(self._held.popitem()[1])
 
 
-def _take(folder: Path, devices: Sequence[Gpu], n: int, asked: int | None, held: ExitStack) -> list[Gpu]:
-    """Reserve memory on `n` devices, all or none; `asked` bytes of each, or the whole of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):  # one worker at a time counts and takes
-        with_room = [
-            one for one in devices if _taken(folder / one.uuid) + (asked or one.memory_bytes) <= one.memory_bytes
-        ]
-        if len(with_room) < n:
-            return []
-        for one in with_room[:n]:
-            descriptor, _ = tempfile.mkstemp(dir=folder / one.uuid)
-            held.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.write(descriptor, str(asked or one.memory_bytes).encode())
-        return with_room[:n]
+def _share(gpu: Gpu, asked: int | None) -> int:
+    return asked or gpu.memory_bytes
+
+
+def _read(descriptor: int) -> int:
+    return int(os.pread(descriptor, DIGITS, 0))
+
+
+def _write(descriptor: int, n_bytes: int) -> None:
+    os.pwrite(descriptor, f"{n_bytes:0{DIGITS}}".encode(), 0)
 
 
 @contextmanager

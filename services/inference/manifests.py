@@ -6,6 +6,7 @@ is a list, a shell line, or a JSON list inside a string; models are an object or
 """
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -19,6 +20,21 @@ from shared.config import Misconfigured
 BINARY, DECIMAL = 1024, 1000
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
 _CPU_MILLI = re.compile(r"(\d+)m")
+
+
+RESOURCES = ("cpu", "gpu", "memory", "gpuMemory", "sharedMemory")
+KEYS = {
+    "app.json": (
+        *("apiVersion", "command", "environment", "input", "liveness", "output", "readiness", "sdk", "sdkVersion"),
+        *("timeout", "version", "workingDirectory"),
+    ),
+    "pkg.json": (
+        *("apiVersion", "applicationRoot", "modelRoot", "models", "platform", "platformConfig", "resources"),
+        *("sdkVersion", "version"),
+    ),
+    "resources": RESOURCES,
+}
+"""What the specification and the packagers write. An `app.yaml` holds the application's own settings as well."""
 
 
 class BrokenMap(Misconfigured):
@@ -38,6 +54,8 @@ class Needs:
     gpu_memory_bytes: int | None = None
     shared_memory_bytes: int | None = None
     """Of /dev/shm."""
+    unknown: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of its manifests that mean nothing here, each with its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +102,12 @@ def read_manifests(app: bytes, pkg: bytes | None, *, family: str = "holoscan") -
         input=_path("input", said.get("input")),
         output=_path("output", said.get("output")),
         environment=_environment(said.get("environment")),
-        needs=_needs("pkg.json", package.get("resources"), _timeout("app.json", said.get("timeout"))),
+        needs=_needs(
+            "pkg.json",
+            package.get("resources"),
+            _timeout("app.json", said.get("timeout")),
+            unknown=(*_unknown("app.json", "app.json", said), *_unknown("pkg.json", "pkg.json", package)),
+        ),
     )
 
 
@@ -122,7 +145,7 @@ def size_of(value: Any) -> int | None:
     if match is None:
         raise ValueError("no size")
     power = "kmgt".find(match["unit"].lower()) + 1 if match["unit"] else 0
-    return round(float(match["number"]) * (BINARY if match["binary"] else DECIMAL) ** power) or None
+    return round(_finite(match["number"]) * (BINARY if match["binary"] else DECIMAL) ** power) or None
 
 
 def _document(file: str, text: bytes) -> dict[str, Any]:
@@ -189,14 +212,20 @@ def _models(value: Any) -> dict[str, str]:
     return dict(pairs)
 
 
+def _unknown(file: str, kind: str, said: Mapping[str, Any]) -> tuple[str, ...]:
+    known = {_plain(key) for key in KEYS[kind]}
+    return tuple(f"{file}: {key}" for key in said if _plain(str(key)) not in known)
+
+
 def _timeout(place: str, value: Any) -> float | None:
     try:
-        return float(value or 0) or None
+        return _finite(value or 0) or None
     except (TypeError, ValueError):
-        raise BrokenMap(f"{place}.timeout: expected seconds.".replace("app.json.", "app.json: ")) from None
+        text = f"{place}.timeout: expected seconds, 0 or more."
+        raise BrokenMap(text.replace("app.json.", "app.json: ")) from None
 
 
-def _needs(file: str, resources: Any, timeout_s: float | None) -> Needs:
+def _needs(file: str, resources: Any, timeout_s: float | None, *, unknown: tuple[str, ...] = ()) -> Needs:
     if resources is not None and not isinstance(resources, dict):
         raise BrokenMap(f"{file}: resources: expected keys such as `cpu`, `gpu` and `memory`.")
     said = {_plain(str(key)): value for key, value in (resources or {}).items()}
@@ -207,13 +236,17 @@ def _needs(file: str, resources: Any, timeout_s: float | None) -> Needs:
         except ValueError:
             raise BrokenMap(f"{file}: resources.{key}: expected a size such as 4Gi or 500Mi.") from None
 
+    gpu = _count(file, "gpu", said.get("gpu")) or 0
+    if gpu != int(gpu):
+        raise BrokenMap(f"{file}: resources.gpu: expected a whole number of devices.")
     return Needs(
         timeout_s=timeout_s,
         cpu=_count(file, "cpu", said.get("cpu")),
         memory_bytes=size("memory"),
-        gpu=int(_count(file, "gpu", said.get("gpu")) or 0),
+        gpu=int(gpu),
         gpu_memory_bytes=size("gpuMemory"),
         shared_memory_bytes=size("sharedMemory"),
+        unknown=(*unknown, *_unknown(f"{file}: resources", "resources", resources or {})),
     )
 
 
@@ -221,6 +254,14 @@ def _count(file: str, key: str, value: Any) -> float | None:
     """Return a number of processors or GPUs; Kubernetes writes half a processor as 500m."""
     milli = _CPU_MILLI.fullmatch(str(value))
     try:
-        return int(milli[1]) / 1000 if milli else float(value or 0) or None
+        return int(milli[1]) / 1000 if milli else _finite(value or 0) or None
     except (TypeError, ValueError):
-        raise BrokenMap(f"{file}: resources.{key}: expected a number.") from None
+        raise BrokenMap(f"{file}: resources.{key}: expected a number, 0 or more.") from None
+
+
+def _finite(value: Any) -> float:
+    """Return a number that is neither negative nor infinite. Raises `ValueError` and `TypeError`."""
+    number = float(value)
+    if isinstance(value, bool) or not 0 <= number < math.inf:
+        raise ValueError("not a finite number, 0 or more")
+    return number

@@ -43,7 +43,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.child import Json, Progress, die_with_parent, serve
 from shared.errors import place_of
@@ -84,6 +84,8 @@ NOTHING_SELECTED = re.compile(
     r"selected_series\[0\]\s*\n(?:\s+[~^]+\n)?IndexError|Missing expected input 'study_selected_series_list'"
 )
 """How the SDK's operators fail when the selector selected nothing, in a traceback."""
+_BEGIN = "Traceback (most recent call last):\n"
+_CAUSE = "\nThe above exception was the direct cause of the following exception:\n"
 _FRAME = re.compile(r'  File "(?P<path>[^"\n]+)", line (?P<line>\d+)')
 _ERROR = re.compile(r"^(?P<type>[A-Za-z_][\w.]*)(?::|$)", re.MULTILINE)
 
@@ -130,7 +132,7 @@ class MapHost:
                 self._application().run()
             except BaseException as error:  # noqa: BLE001 - SystemExit of an operator is an outcome, too
                 traceback.print_exc()
-                failure = _told(type(error), str(error), place_of(error))
+                failure = _told(list(_chain(error)))
             duration_s = time.perf_counter() - started
         # An application is a cycle of C++ and Python objects and holds the study's volume until it is collected.
         gc.collect()
@@ -182,10 +184,32 @@ def _prepared() -> None:
     _raise_stack_limit()
 
 
-def _told(kind: type[BaseException], text: str, where: str) -> Json:
-    """Tell an exception by type and place; its text is looked at, and stays here."""
-    names = {base.__name__ for base in kind.__mro__}
-    return {"outcome": _outcome_of(names, text), "error_type": kind.__name__, "where": where}
+class _Raised(NamedTuple):
+    """An exception: its type, with those it is derived from, its text, and its place."""
+
+    error_type: str
+    types: set[str]
+    text: str
+    where: str
+
+
+def _chain(error: BaseException | None) -> Iterator[_Raised]:
+    """Yield an exception, and what it was raised from."""
+    while error is not None:
+        kind = type(error)
+        yield _Raised(kind.__name__, {base.__name__ for base in kind.__mro__}, str(error), place_of(error))
+        error = error.__cause__
+
+
+def _told(chain: Sequence[_Raised]) -> Json:
+    """Tell an exception, and what it comes of, by type and place; their texts are looked at, and stay here.
+
+    MONAI raises a RuntimeError from whatever a transform raises, also where memory ends.
+    """
+    last, first = chain[0], chain[-1]
+    outcomes = [outcome for one in chain if (outcome := _outcome_of(one.types, one.text)) != "application_error"]
+    where = last.where if first is last else f"{last.where}, from {first.error_type} {first.where}"
+    return {"outcome": (outcomes or ["application_error"])[0], "error_type": last.error_type, "where": where}
 
 
 def _outcome_of(type_names: set[str], text: str) -> str:
@@ -203,17 +227,24 @@ def _told_by_log(log: Path, returncode: int) -> Json:
     """Tell how a command failed by the last traceback that it printed."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-        _, found, last = file.read().decode(errors="replace").rpartition("Traceback (most recent call last):\n")
-    frames = list(_FRAME.finditer(last)) if found else []
-    if not frames:
+        _, *tracebacks = file.read().decode(errors="replace").split(_BEGIN)
+    chain = list(_printed_chain(tracebacks))
+    if not chain:
         return {"outcome": "application_error", "error_type": f"exit {returncode}", "where": ""}
-    if NOTHING_SELECTED.search(last):
-        return {"outcome": "no_matching_series"}
-    error = _ERROR.search(last, frames[-1].end())
-    name = error["type"].rpartition(".")[2] if error else ""
-    name = "MemoryError" if name == "_ArrayMemoryError" else name
-    where = f"{Path(frames[-1]['path']).name}:{frames[-1]['line']}"
-    return {"outcome": _outcome_of({name}, last[error.start() :] if error else ""), "error_type": name, "where": where}
+    return {"outcome": "no_matching_series"} if NOTHING_SELECTED.search(tracebacks[-1]) else _told(chain)
+
+
+def _printed_chain(tracebacks: Sequence[str]) -> Iterator[_Raised]:
+    """Yield the last exception, and what it was raised from, which is printed before it."""
+    for index, printed in enumerate(reversed(tracebacks)):
+        frames = list(_FRAME.finditer(printed))
+        if not frames or (index and _CAUSE not in printed):
+            return
+        error = _ERROR.search(printed, frames[-1].end())
+        name = error["type"].rpartition(".")[2] if error else ""
+        name = "MemoryError" if name == "_ArrayMemoryError" else name
+        text = printed[error.start() :] if error else ""
+        yield _Raised(name, {name}, text, f"{Path(frames[-1]['path']).name}:{frames[-1]['line']}")
 
 
 def import_application(program: Path) -> Any:

@@ -4,13 +4,20 @@ A folder of source is what the App SDK's examples are: `app.py` or `__main__.py`
 the models beside them; a path may also name the one Python file. An unpacked MAP is what `extract` writes: `app/`,
 `models/` and `config/` with `app.json` and `pkg.json`. An image has those in `/etc/holoscan` and `/opt/holoscan`, or,
 made by App SDK 0.x, in `/etc/monai` and `/opt/monai`.
+
+A version is known by the digest of its files. Of a folder these are all but hidden files, compiled Python and virtual
+environments. Of one Python file they are that file, what it imports from its own folder as far as its import statements
+tell, and what else is read of such a folder: `app.yaml`, `requirements.txt` and the models. Whatever else lies there is
+none of it, for it may be anybody's home.
 """
 
 import ast
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from services.inference.engine import Engine, Inspected
@@ -22,6 +29,12 @@ CHUNK_BYTES = 1024 * 1024
 ENTRIES = ("app.py", "__main__.py")
 """Where the `Application` is looked for, as in the examples of the App SDK."""
 MODEL_FOLDERS = ("models", "model")
+BESIDE = ("app.yaml", "requirements.txt", *MODEL_FOLDERS)
+"""What belongs to a program that is one file, beside what it imports."""
+VENV = "pyvenv.cfg"
+"""In the root of every virtual environment (PEP 405)."""
+MOST_FILES, MOST_BYTES = 10_000, 100 << 30
+"""Of a MAP; what has more is probably another folder than was meant, and would be read for hours."""
 CONFIG_FOLDERS = ("config", "etc", ".")
 """Where an unpacked MAP has its manifests."""
 FAMILIES = ("holoscan", "monai")
@@ -49,8 +62,8 @@ class Map:
     """One MAP that this worker can run. Paths are of this machine or, where there is an `image`, of that."""
 
     name: str
-    folder: Path | None
-    """The folder that its digest is of; None for an image."""
+    place: Path | None
+    """The folder, or the Python file, that its digest is of; None for an image."""
     digest: str
     """Another program or another model is another MAP: of the folder's content, or of the image."""
     application: str
@@ -77,8 +90,12 @@ class Map:
         return found
 
     def changed(self) -> bool:
-        """Tell whether the folder holds something else than when it was read; an image never does. Reads all files."""
-        return self.folder is not None and _digest(self.folder, self.models) != self.digest
+        """Tell whether its files are others than when it was read; an image's never are. Reads all of them.
+
+        Raises:
+            BrokenMap: there are far too many by now.
+        """
+        return self.place is not None and _digest(self.place, self.models) != self.digest
 
 
 def load(
@@ -89,8 +106,9 @@ def load(
     python: str | None = None,
     models: Path | None = None,
     engine: Engine | None = None,
+    file: str = "maps.yaml",
 ) -> Map:
-    """Read the MAP that `maps.yaml` names.
+    """Read the MAP that the routing table names; `file` is what messages call that.
 
     `source` is a path, relative to the folder `relative_to`, or the name of an image with its tag or digest, which has
     to be on this machine already. `python` is the MAP's own interpreter, `models` its models where they lie elsewhere.
@@ -102,7 +120,7 @@ def load(
     try:
         return read_source(name, source, relative_to=relative_to, python=python, models=models, engine=engine)
     except Misconfigured as problem:
-        raise Misconfigured(f"maps.yaml: {name}: {problem}") from None
+        raise Misconfigured(f"{file}: {name}: {problem}") from None
 
 
 def read_source(
@@ -124,7 +142,7 @@ def read_source(
     if is_image(source, relative_to):
         return _of_image(name, str(source), engine or Engine.find())
     if not path.exists():
-        raise BrokenMap(f"its source {path} is no folder. An image is named with its tag, as in name:1.0.")
+        raise BrokenMap(f"its source {path} does not exist. An image is named with its tag, as in name:1.0.")
     path = path.resolve()
     if python is not None:
         python = str((relative_to or Path()) / python)
@@ -156,20 +174,93 @@ def models_of(folder: Path) -> Path | None:
     return next((folder / name for name in MODEL_FOLDERS if (folder / name).is_dir()), None)
 
 
-def digest_of(*folders: Path) -> str:
-    """Return the hash of all files, by sorted relative path and content, without hidden files and compiled Python."""
+def digest_of(*places: Path) -> str:
+    """Return the hash of all files of a MAP, as `files_of` has them, by relative path and content.
+
+    Raises:
+        BrokenMap: there are too many.
+    """
     digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            relative = path.relative_to(folder)
-            if not path.is_file() or any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
-                continue
+    for root, paths in [(place if place.is_dir() else place.parent, files_of(place)) for place in places]:
+        for path in paths:
+            relative = path.relative_to(root).as_posix()
             # The lengths tell where a path and a content end; otherwise two folders could read as the same bytes.
-            digest.update(f"{len(relative.as_posix())} {relative.as_posix()} {path.stat().st_size} ".encode())
+            digest.update(f"{len(relative)} {relative} {path.stat().st_size} ".encode())
             with path.open("rb") as file:
                 while chunk := file.read(CHUNK_BYTES):
                     digest.update(chunk)
     return digest.hexdigest()[:DIGEST_LENGTH]
+
+
+def files_of(place: Path) -> list[Path]:
+    """Return the files that a MAP at this place consists of, sorted; this file's head says which they are.
+
+    Raises:
+        BrokenMap: there are too many.
+    """
+    if place.is_dir():
+        paths = _within(place)
+    elif place.suffix == ".py":
+        beside = [place.parent / name for name in BESIDE]
+        paths = chain(_imported(place), *([one] if one.is_file() else _within(one) for one in beside if one.exists()))
+    else:
+        paths = iter([place])
+    found, n_bytes = set(), 0
+    for path in paths:
+        found.add(path)
+        n_bytes += path.stat().st_size
+        if len(found) > MOST_FILES or n_bytes > MOST_BYTES:
+            raise BrokenMap(
+                f"{place} holds more than a MAP should, over {MOST_FILES} files or {MOST_BYTES >> 30} GiB. "
+                "Name the folder of the application alone, and keep data out of it."
+            )
+    return sorted(found)
+
+
+def left_out(folder: Path, name: str) -> bool:
+    """Tell whether a file or folder in `folder` is no part of a MAP."""
+    return name.startswith(".") or name == "__pycache__" or (folder / name / VENV).is_file()
+
+
+def _within(root: Path) -> Iterator[Path]:
+    """Yield what lies in a folder and below; links are followed, to each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        folder = Path(place)
+        if (real := folder.resolve()) in seen:
+            folders[:] = []
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not left_out(folder, name))
+        yield from (folder / name for name in names if not left_out(folder, name) and (folder / name).is_file())
+
+
+def _imported(program: Path) -> Iterator[Path]:
+    """Yield a program, and all modules and packages of its folder that it imports, directly or not."""
+    root, waiting, seen = program.parent, [program], {program}
+    while waiting:
+        path = waiting.pop()
+        yield path
+        if path.suffix != ".py":
+            continue
+        for name in _import_names(path):
+            module, package = root / f"{name}.py", root / name
+            found = [module] if module.is_file() else list(_within(package)) if package.is_dir() else []
+            waiting += [one for one in found if one not in seen]
+            seen.update(found)
+
+
+def _import_names(path: Path) -> Iterator[str]:
+    """Yield the first part of each name that a module imports."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # it will be told when it is imported
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (one.name.partition(".")[0] for one in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
 
 
 def _of_source(name: str, path: Path, python: str, models: Path | None) -> Map:
@@ -189,8 +280,8 @@ def _of_source(name: str, path: Path, python: str, models: Path | None) -> Map:
     started = folder / "__main__.py" if path.is_dir() and (folder / "__main__.py").is_file() else entry
     return Map(
         name=name,
-        folder=folder,
-        digest=_digest(folder, str(found) if found else None),
+        place=path,
+        digest=_digest(path, str(found) if found else None),
         application=str(path),
         python=python,
         command=(python, str(started)),
@@ -223,7 +314,7 @@ def _of_unpacked(name: str, folder: Path, manifests: Manifests, python: str) -> 
         raise BrokenMap(f"app.json: command: starts {program}, where there is no Python program.")
     return Map(
         name=name,
-        folder=folder,
+        place=folder,
         digest=digest_of(folder),
         application=str(program),
         python=python,
@@ -254,7 +345,7 @@ def _of_image(name: str, reference: str, engine: Engine) -> Map:
     )
     return Map(
         name=name,
-        folder=None,
+        place=None,
         digest=_image_digest(reference, inspected),
         application=program,
         python=python,
@@ -283,9 +374,10 @@ def _manifests_in(folder: Path) -> Manifests | None:
     return None
 
 
-def _digest(folder: Path, models: str | None) -> str:
-    elsewhere = models is not None and not Path(models).is_relative_to(folder)
-    return digest_of(folder, Path(models)) if elsewhere and models is not None else digest_of(folder)
+def _digest(place: Path, models: str | None) -> str:
+    held = [place] if place.is_dir() else [place.parent / name for name in MODEL_FOLDERS]
+    elsewhere = [Path(one) for one in (models,) if one and not any(Path(one).is_relative_to(each) for each in held)]
+    return digest_of(place, *elsewhere)
 
 
 def _is_python(word: str) -> bool:

@@ -17,8 +17,12 @@ from typing import Any, Literal
 
 from services.inference import gpus, outputs
 from services.inference.engine import EngineFailed, Mount, run
+from services.inference.manifests import RESOURCES
 from services.inference.maps import Map
 from services.inference.outputs import OutputRefused
+from services.inference.probe import STEPS
+from services.inference.reasons import explained, several
+from services.inference.requirements import compare
 from services.inference.runner import (
     CONTAINER_ROOT,
     HOST_FILES,
@@ -28,7 +32,6 @@ from services.inference.runner import (
     Run,
     Serving,
     Study,
-    WorkerUnfit,
 )
 from shared.child import ChildFailed
 from shared.errors import Unavailable
@@ -41,36 +44,8 @@ GIB = 1 << 30
 
 Answer = dict[str, Any]
 Level = Literal["ok", "warning", "error"]
-OUTCOMES = {
-    "no_matching_series": (
-        "no series of the study is one that it takes",
-        "Give another study, or mend the selection rules.",
-    ),
-    "application_error": ("the application failed: {told}", "Mend it; --log FILE writes all that it printed."),
-    "deadline": ("no end after {deadline:g} s", "Set a longer deadline_s in maps.yaml, or timeout in app.json."),
-    "out_of_memory": ("it ran out of memory", "Ask for more memory in pkg.json or app.yaml, or use a smaller study."),
-    "gpu_out_of_memory": (
-        "the GPU's memory did not suffice",
-        "Ask for what it needs as gpuMemory; end what else uses it.",
-    ),
-    "gpu_lost": ("the GPU does not answer", "Look at dmesg for Xid, and restart the driver or the machine."),
-    "crashed": (
-        "its process crashed: {told}",
-        "Run it in a debugger; libraries of another version are the usual cause.",
-    ),
-}
-REFUSED = {
-    "no_output": ("it wrote nothing", "See whether the operators emit and the writer is connected."),
-    "outputs_missing": ("it did not write {where}", "Mend the application, or `outputs:` in maps.yaml."),
-    "invalid_output": (
-        "it wrote DICOM that no archive takes: {where}",
-        "Write complete files, with UIDs of their own.",
-    ),
-    "attributes_differ": (
-        "{where} are not those of the study",
-        "Copy them exactly: HealthImaging keeps such an instance as non-primary, and no DICOMweb search shows it.",
-    ),
-}
+NO_SERIES = "no series of the study is one that it takes", "Give another study, or mend the selection rules."
+SDK = "monai-deploy-app-sdk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +67,10 @@ class Tried:
     """What was written, relative to the output folder."""
 
 
-def check_manifests(found: Map) -> Iterator[Finding]:
-    """Compare what the MAP asks for with what this machine has."""
+def check_manifests(found: Map, *, deadline_s: float | None = None) -> Iterator[Finding]:
+    """Compare what the MAP asks for with what this machine has; `deadline_s` goes before its own timeout."""
     needs = found.needs
+    file = "app.yaml, under `application:`" if found.manifests is None else "app.json"
     asks = {
         "cpu": f"{needs.cpu:g}" if needs.cpu is not None else None,
         "memory": _size(needs.memory_bytes),
@@ -104,8 +80,11 @@ def check_manifests(found: Map) -> Iterator[Finding]:
     }
     said = ", ".join(f"{key} {value}" for key, value in asks.items() if value is not None)
     yield Finding("manifests", "ok", f"digest {found.digest}; asks for {said or 'nothing'}")
-    if needs.timeout_s is None:
-        remedy = "Set timeout in app.json, or deadline_s in maps.yaml; until then it is RADQUEUE_DEADLINE_S."
+    if needs.unknown:
+        remedy = f"Correct the spelling; of resources there are {', '.join(RESOURCES)}."
+        yield Finding("manifests", "warning", f"keys that mean nothing: {'; '.join(needs.unknown)}", remedy)
+    if needs.timeout_s is None and deadline_s is None:
+        remedy = f"Set timeout in {file}, or deadline_s in maps.yaml; until then it is RADQUEUE_DEADLINE_S."
         yield Finding("manifests", "warning", "no timeout is set", remedy)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if (needs.memory_bytes or 0) > there:
@@ -130,30 +109,51 @@ def check_gpu(found: Map, devices: Sequence[gpus.Gpu]) -> Iterator[Finding]:
     needs = found.needs
     if not needs.gpu:
         return
+    size = f" with {_size(needs.gpu_memory_bytes)} each" if needs.gpu_memory_bytes else ""
+    asked = f"asks for {several(needs.gpu, 'GPU')}{size}"
     if not devices:
         remedy = "It runs on the processor where its code allows that; for a GPU, install the NVIDIA driver."
-        yield Finding("gpu", "warning", f"asks for {needs.gpu} GPU, and this machine has none", remedy)
+        yield Finding("gpu", "warning", f"{asked}, and this machine has none", remedy)
         return
     fitting = [one for one in devices if one.memory_bytes >= (needs.gpu_memory_bytes or 0)]
-    told = ", ".join(f"{one.index}: {_size(one.memory_bytes)}" for one in devices)
+    text = f"{asked}; there is " + ", ".join(f"GPU {one.index} with {_size(one.memory_bytes)}" for one in devices)
     if len(fitting) < needs.gpu:
-        text = f"asks for {needs.gpu} GPU with {_size(needs.gpu_memory_bytes)}, and there are {told}"
-        yield Finding("gpu", "error", text, "Use a larger GPU, or ask for less.")
+        yield Finding("gpu", "error", text, "Use a machine with more or larger GPUs, or ask for less.")
     else:
-        yield Finding("gpu", "ok", f"asks for {needs.gpu}, and there are {told}")
+        yield Finding("gpu", "ok", text)
 
 
-def probe(found: Map, *, gpu: bool = False) -> list[Finding]:
-    """Import the MAP in its own interpreter, and load its models; `gpu` says that it is to have one."""
+def probe(found: Map, *, gpu: bool = False, warm: bool = True) -> list[Finding]:
+    """Import the MAP in its own interpreter, and load its models; `gpu` says that it is to have one.
+
+    Where it is not to be `warm`, it is a program like any other: nothing of it is imported, and it may lack the SDK.
+    """
     with tempfile.TemporaryDirectory(prefix="probe-") as work:
-        answers, code, errors = _answers(found, Path(work), gpu=gpu)
+        answers, code, errors = _answers(found, Path(work), gpu=gpu, steps=STEPS if warm else STEPS[:2])
     if not gpu:
         answers.pop("gpu", None)
+    interpreter = answers.get("interpreter")
+    if warm and interpreter and SDK not in interpreter["packages"]:
+        # Of what comes next everything would fail, for that reason alone.
+        text = "the MONAI Deploy App SDK is not installed there"
+        remedy = (
+            f"{_install(found, SDK)} A program that does not use it needs `isolation: process` (--isolation process)."
+        )
+        answers = {step: answers[step] for step in STEPS[:2] if step in answers}
+        code = 0
+        missing = [Finding("interpreter", "error", text, remedy)]
+    else:
+        missing = []
     findings = [one for step, answer in answers.items() if answer is not None for one in READERS[step](answer, found)]
+    findings += missing
     begun = next((step for step, answer in answers.items() if answer is None), None)
     if begun is not None or not answers:
-        text = f"its interpreter ended (exit {code}) at: {begun or 'start'}" + (f"; {errors}" if errors else "")
-        remedy = "Run the same import by hand in that interpreter, or with this image's python3."
+        text = f"{found.python} ended (exit {code}) at: {begun or 'start'}" + (f"; {errors}" if errors else "")
+        remedy = (
+            f"See whether `{found.python} --version` works, and what importing the application says there."
+            if found.image is None
+            else "The image needs a python3 of its own (3.9 or later), which its command or its PATH names."
+        )
         findings.append(Finding(begun or "interpreter", "error", text, remedy))
     return findings
 
@@ -185,51 +185,84 @@ async def try_study(
 
 
 async def check_study(
-    found: Map, source: Path, *, serving: Serving, bounds: Bounds, log: Path | None = None
+    found: Map,
+    source: Path,
+    *,
+    serving: Serving,
+    bounds: Bounds,
+    least: Mapping[str, int] | None = None,
+    log: Path | None = None,
 ) -> list[Finding]:
-    """Run the MAP on a study, and check what it writes."""
+    """Run the MAP on a study, and check what it writes; `least` is as `outputs` of `maps.yaml`."""
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         output = Path(folder, "output")
         try:
             tried = await try_study(found, source, output, serving=serving, bounds=bounds, log=log)
         except ChildFailed as failed:
-            return [Finding("study", "error", f"it does not start: {failed}", "See the findings above.")]
-        except WorkerUnfit as unfit:
-            return [Finding("study", "error", str(unfit), "Run it again.")]
+            remedy = "Mend the import of the application at that place, or install what it needs."
+            return [Finding("study", "error", f"it does not start: {failed}", remedy)]
         except Unavailable as reason:
-            return [Finding("study", "error", str(reason), "See the findings above.")]
+            return [Finding("study", "error", str(reason), "Run the check again.")]
         done = tried.run
         if done.outcome != "ran":
-            text, remedy = OUTCOMES[done.outcome]
-            told = " ".join(part for part in (done.error_type, done.where) if part)
+            what, remedy = NO_SERIES if done.outcome == "no_matching_series" else explained(done.outcome)
             deadline_s = serving.deadline_s or found.needs.timeout_s or bounds.deadline_s
-            return [Finding("study", "error", text.format(told=told, deadline=deadline_s), remedy)]
-        ran = Finding(
-            "study", "ok", f"ran in {done.duration_s:.1f} s on {done.device}, {_size(done.rss_bytes)} resident"
-        )
-        return [ran, *await asyncio.to_thread(_check_output, output, source)]
+            where = f"{deadline_s:g} s" if done.outcome == "deadline" else done.where
+            return [Finding("study", "error", at(what, done.error_type, where), remedy + _how_to_log(log))]
+        resident = f", {_size(done.rss_bytes)} resident" if done.rss_bytes else ""
+        ran = Finding("study", "ok", f"ran in {done.duration_s:.1f} s on {done.device}{resident}")
+        return [ran, *await asyncio.to_thread(_check_output, output, source, least, log)]
 
 
-def _check_output(output: Path, source: Path) -> list[Finding]:
-    sources = [path for path in _files_of(source) if outputs.claims_dicom(path)]
+def _check_output(output: Path, source: Path, least: Mapping[str, int] | None, log: Path | None) -> list[Finding]:
+    sources = dicom_in(source)
     others = outputs.other_files(output)
-    told = ", ".join(sorted({one.media_type for one in others}))
+    told = f"{several(len(others), 'file')} ({', '.join(sorted({one.media_type for one in others}))})"
+    if not sources and any(outputs.claims_dicom(path) for path in outputs.files(output)):
+        text = f"it wrote DICOM, and the input has none that {', '.join(outputs.COPIED)} could be compared with"
+        return [Finding("outputs", "error", text, "Give a DICOM study: a worker gives it nothing else.")]
     try:
-        made = outputs.check(output, sources)
+        made = outputs.check(output, sources, least)
     except OutputRefused as refused:
-        if refused.reason_code == "no_output" and others:
-            text = f"wrote {len(others)} files ({told}), and no DICOM"
-            return [Finding("outputs", "warning", text, "Say `outputs: {}` in maps.yaml, and they stay in results/.")]
-        text, remedy = REFUSED[refused.reason_code]
-        return [Finding("outputs", "error", text.format(where=refused.where or "see the log"), remedy)]
+        if refused.reason_code == "no_output" and others and least is None:
+            remedy = "Say `outputs: {}` in maps.yaml (--outputs any), and they stay in results/."
+            return [Finding("outputs", "warning", f"wrote {told}, and no DICOM", remedy)]
+        what, remedy = explained(refused.reason_code)
+        return [Finding("outputs", "error", at(what, "", refused.where), remedy + _how_to_log(log))]
+    if not made:
+        return [Finding("outputs", "ok", f"wrote {told}, and no DICOM")]
     modalities = ", ".join(sorted({one.modality or "no Modality" for one in made}))
-    more = f", and {len(others)} other files ({told})" if others else ""
-    return [Finding("outputs", "ok", f"{len(made)} DICOM instances ({modalities}) with the study's attributes{more}")]
+    text = f"{several(len(made), 'DICOM instance')} ({modalities}) with the study's attributes"
+    return [Finding("outputs", "ok", f"{text}, and {told}" if others else text)]
 
 
-def _answers(found: Map, work: Path, *, gpu: bool) -> tuple[dict[str, Answer | None], int, str]:
+def at(what: str, error_type: str, where: str) -> str:
+    """Return what happened, with its place if there is one."""
+    place = " ".join(part for part in (error_type, where) if part)
+    return f"{what} ({place})" if place else what
+
+
+def dicom_in(source: Path) -> list[Path]:
+    """Return the DICOM files of a study that somebody names, sorted."""
+    paths = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    return [path for path in paths if outputs.claims_dicom(path)]
+
+
+def _how_to_log(log: Path | None) -> str:
+    return f" What it printed is in {log}." if log is not None else " --log FILE writes what it prints."
+
+
+def _install(found: Map, package: str) -> str:
+    """Say how the MAP gets a package."""
+    if found.image is not None:
+        return f"Add {package} to requirements.txt, and build the image again."
+    how = "or name the interpreter that has it: --python, `python:` in maps.yaml."
+    return f"{found.python} -m pip install {package}, {how}"
+
+
+def _answers(found: Map, work: Path, *, gpu: bool, steps: Sequence[str]) -> tuple[dict[str, Answer | None], int, str]:
     """Return what the probe told of each step, None for one that it did not end, its exit code and its last line."""
-    asked = [found.application, found.models or ""]
+    asked = [found.application, found.models or "", *steps]
     name = f"radqueue-{uuid.uuid4().hex}"
     if found.image is None:
         argv = [found.python, "-c", START, str(ROOT), *asked]
@@ -266,25 +299,31 @@ def _read_interpreter(answer: Answer, _: Map) -> Iterator[Finding]:
     packages = ", ".join(f"{name} {version}" for name, version in answer["packages"].items())
     told = f"Python {answer['python']} ({answer['path']}): {packages or 'none of the usual packages'}"
     yield Finding("interpreter", "ok", told)
-    if "monai-deploy-app-sdk" not in answer["packages"]:
-        remedy = "Name the interpreter that has it with --python (`python:` in maps.yaml), or build it into the image."
-        yield Finding("interpreter", "error", "the MONAI Deploy App SDK is not installed there", remedy)
 
 
 def _read_requirements(answer: Answer, found: Map) -> Iterator[Finding]:
-    remedy = f"{found.python} -m pip install -r requirements.txt"
-    if answer["missing"]:
-        # What a requirement is for, only the import and a run can tell.
-        yield Finding("requirements", "warning", f"not installed: {', '.join(answer['missing'])}", remedy)
-    if answer["differing"]:
-        yield Finding("requirements", "warning", f"other versions: {', '.join(answer['differing'])}", remedy)
-    if not answer["missing"] and not answer["differing"]:
-        yield Finding("requirements", "ok", "requirements.txt is met")
+    if answer["text"] is None:
+        return
+    compared = compare(answer["text"], answer["installed"], answer["environment"])
+    remedy = (
+        f"{found.python} -m pip install -r requirements.txt"
+        if found.image is None
+        else "Build the image again, and let it install requirements.txt."
+    )
+    for what, lines in (("not installed", compared.missing), ("other versions", compared.differing)):
+        if lines:
+            # What a requirement is for, only the import and a run can tell.
+            yield Finding("requirements", "warning", f"{what}: {', '.join(lines)}", remedy)
+    if compared.unread:
+        remedy = "See for yourself: options, files and addresses are not compared."
+        yield Finding("requirements", "warning", f"not compared: {', '.join(compared.unread)}", remedy)
+    if not compared.missing and not compared.differing:
+        yield Finding("requirements", "ok", f"{several(len(compared.met), 'requirement')} met")
 
 
-def _read_cuda_runtime(answer: Answer, _: Map) -> Iterator[Finding]:
+def _read_cuda_runtime(answer: Answer, found: Map) -> Iterator[Finding]:
     if "error" in answer:
-        remedy = "pip install nvidia-cuda-runtime: the SDK's core is linked to it, also where there is no GPU."
+        remedy = f"{_install(found, 'nvidia-cuda-runtime')} The SDK's core is linked to it, also where there is no GPU."
         yield Finding("libcudart", "error", f"libcudart.so.13 cannot be loaded ({answer['error']})", remedy)
     else:
         yield Finding("libcudart", "ok", answer["path"])
@@ -350,10 +389,6 @@ def _lay(source: Path, target: Path) -> None:
 def _links(folder: str, names: Sequence[str]) -> set[str]:
     """Return those of the names that are links: a MAP may have made them, to what is not its own."""
     return {name for name in names if Path(folder, name).is_symlink()}
-
-
-def _files_of(source: Path) -> list[Path]:
-    return [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
 
 
 def _size(n_bytes: int | None) -> str | None:

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import sys
 import traceback
@@ -31,13 +32,14 @@ PACKAGES = (
     "pydicom",
     "highdicom",
 )
-_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)(\[[^]]*\])?\s*(==\s*(?P<version>[\w.!+]+))?")
+STEPS = ("interpreter", "requirements", "cuda_runtime", "application", "models", "gpu")
+"""What can be asked, in this order."""
 
 Step = Callable[[], "dict[str, Any]"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Probe the MAP whose program and models (or an empty text) are named."""
+    """Probe the MAP whose program and models (or an empty text) are named, in the steps that are named after them."""
     program, models = Path(arguments[0]), arguments[1]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the MAP prints when it is imported is none of our answers
@@ -49,10 +51,10 @@ def main(arguments: Sequence[str]) -> None:
         "models": lambda: _models(models),
         "gpu": _gpu,
     }
-    for name, step in steps.items():
+    for name in arguments[2:]:
         _say(answers, {"begin": name})
         try:
-            found = step()
+            found = steps[name]()
         except BaseException as error:  # noqa: BLE001 - SystemExit of a module is an outcome, too
             last = traceback.extract_tb(error.__traceback__)[-1]
             found = {"error": f"{type(error).__name__}: {error}", "where": f"{last.filename}:{last.lineno}"}
@@ -74,20 +76,28 @@ def _interpreter() -> dict[str, Any]:
 
 
 def _requirements(program: Path) -> dict[str, Any]:
-    """Tell which lines of `requirements.txt` the interpreter does not meet, as far as a name and a pin go."""
+    """Tell what `requirements.txt` says, and all that it is compared with: packages, and PEP 508's environment."""
     file = (program if program.is_dir() else program.parent) / "requirements.txt"
-    missing, differing = [], []
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
-        said = line.partition("#")[0].partition(";")[0].strip()
-        match = _REQUIREMENT.match(said)
-        if match is None or "://" in said or said.endswith((".whl", ".txt")):
-            continue
-        there = _version(match["name"])
-        if there is None:
-            missing.append(said)
-        elif match["version"] is not None and there.partition("+")[0] != match["version"].partition("+")[0]:
-            differing.append(f"{said} (there is {there})")
-    return {"missing": missing, "differing": differing}
+    implementation = sys.implementation.version
+    environment = {
+        "implementation_name": sys.implementation.name,
+        "implementation_version": ".".join(map(str, implementation[:3])),
+        "os_name": os.name,
+        "platform_machine": platform.machine(),
+        "platform_python_implementation": platform.python_implementation(),
+        "platform_release": platform.release(),
+        "platform_system": platform.system(),
+        "platform_version": platform.version(),
+        "python_full_version": platform.python_version(),
+        "python_version": ".".join(platform.python_version_tuple()[:2]),
+        "sys_platform": sys.platform,
+    }
+    named = ((one.metadata["Name"], one.version) for one in importlib.metadata.distributions())
+    return {
+        "text": file.read_text("utf-8", errors="replace") if file.is_file() else None,
+        "installed": {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in named if name},
+        "environment": environment,
+    }
 
 
 def _version(name: str) -> str | None:

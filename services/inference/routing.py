@@ -29,7 +29,7 @@ series does not have satisfies `{missing: true}` and nothing else.
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydicom.datadict import tag_for_keyword
@@ -154,22 +154,50 @@ class RoutingTable(_Strict):
         return self
 
 
-def read(text: str) -> RoutingTable:
-    """Read `maps.yaml`.
+def read(text: str, file: str = "maps.yaml") -> RoutingTable:
+    """Read the routing table; `file` is what messages call it.
 
     Raises:
         Misconfigured: with one line per place that is wrong.
     """
-    return read_table(text, RoutingTable, file="maps.yaml", explain=_condition)
+    return read_table(text, RoutingTable, file=file, explain=_explained)
 
 
-def _condition(detail: Any) -> str | None:
-    """A condition may be written in several forms; that each of them does not fit is more than one wants to read."""
-    place = detail["loc"]
-    if len(place) < 5 or place[2] != "when" or detail["type"] == "value_error":  # noqa: PLR2004
-        return None
-    forms = "a value, a list of values, {regex: …}, {min: …, max: …} or {missing: true}"
-    return f"{'.'.join(map(str, place[:4]))}: expected {forms}."
+EXPECTED = {
+    "maps": "`maps:` with a list of MAPs, each with name, source and when",
+    "name": "letters, digits, '_', '.' and '-', at most 128",
+    "source": "a folder, or an image with its tag",
+    "python": "the path of an interpreter",
+    "isolation": "warm or process",
+    "deadline_s": "seconds, more than 0",
+    "outputs": "the least number of instances by Modality, such as {SEG: 1}",
+    "when": "at least one condition, such as {Modality: CT}",
+    "level": "series or study",
+    "push": ", ".join(get_args(Target)),
+    "originals": "true or false",
+    "golden": "a folder, or s3://bucket/prefix/",
+}
+"""What may stand where, for people."""
+KEYS = [key for key in EXPECTED if key != "maps"]
+CONDITION = "a value, a list of values, {regex: …}, {min: …, max: …} or {missing: true}"
+
+
+def _explained(detail: Any) -> str | None:
+    """Say in one line what is expected at a place; pydantic tells of each form that it could have had."""
+    place = [str(part) for part in detail["loc"] if part != "[key]"]
+    match place:
+        case [_, _, "when", _, *_] if detail["type"] == "value_error":
+            return f"{'.'.join(place[:4])}: {detail['ctx']['error']}."
+        case _ if detail["type"] == "value_error":
+            return None
+        case [_, _, "when", _, *_]:
+            return f"{'.'.join(place[:4])}: expected {CONDITION}."
+        case ["maps", _, key] if key not in EXPECTED:
+            return f"{'.'.join(place)}: there is no such key; there are {', '.join(KEYS)}."
+        case ["maps", _, key, *_] | [key] if key in EXPECTED:
+            found = "is missing; " if detail["type"] == "missing" else ""
+            return f"{'.'.join(place)}: {found}expected {EXPECTED[key]}."
+    return f"{''.join(f'{part}.' for part in place)[:-1] or 'the document'}: expected {EXPECTED['maps']}."
 
 
 def _facts(revision: Revision) -> Mapping[str, Value]:

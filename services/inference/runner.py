@@ -1,13 +1,14 @@
 """Runs MAPs: one warm child process or container per MAP, one of them computing at a time."""
 
 import asyncio
+import ctypes
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,12 @@ START = "import sys; sys.path[0] = sys.argv.pop(1); from services.inference.maph
 CONTAINER_ROOT, CONTAINER_WORK = "/radqueue/host", "/radqueue/work"
 """Where a container sees those files, and the folder that holds the running study and nothing else."""
 LOG_TAIL_BYTES = 64 * 1024
+"""Of what a MAP printed that is stored beside the result."""
+LOG_HEAD_BYTES = LOG_END_BYTES = 1 << 20
+"""Of what a MAP prints that stays on disk: its beginning and its end."""
+LOG_LOOK_S = 1
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
+"""Of linux/falloc.h."""
 VMSTAT = Path("/proc/vmstat")
 GPUS = Path("/proc/driver/nvidia/gpus")
 TRIED_AGAIN = {"crashed", "out_of_memory", "gpu_out_of_memory"}
@@ -54,12 +61,12 @@ class WorkerUnfit(Unavailable):
     """This process cannot serve a MAP any more, and a new one may: its messages are given back, and it ends."""
 
 
-class MapChanged(WorkerUnfit):
-    """A MAP's folder changed since this worker started: only a new process can run it, under its new digest."""
+class MapChanged(Unavailable):
+    """The version that is asked for is not on disk any more: the one that is there must be tried before it serves."""
 
     def __init__(self) -> None:
         """State the fact."""
-        super().__init__("a MAP's folder changed since this worker started")
+        super().__init__("the MAP's folder holds another version than the one that serves")
 
 
 class GpuLost(WorkerUnfit):
@@ -137,6 +144,23 @@ class Study:
             replaced.append(log_file.name)
         return replaced[0] if replaced else ""
 
+    def open_log(self) -> int:
+        """Return a descriptor of the file that takes what the MAP prints; its maker is to close it."""
+        return os.open(self.folder / "log.txt", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def shorten_log(self) -> None:
+        """Leave the beginning and the end of a long log, and say between them how much is left out."""
+        path = self.folder / "log.txt"
+        if not path.is_file() or path.stat().st_size <= LOG_HEAD_BYTES + LOG_END_BYTES:
+            return
+        n_left_out = path.stat().st_size - LOG_HEAD_BYTES - LOG_END_BYTES
+        with path.open("rb") as file, path.with_suffix(".short").open("wb") as short:
+            short.write(file.read(LOG_HEAD_BYTES))
+            short.write(f"\n[radqueue: {n_left_out} bytes are left out here]\n".encode())
+            file.seek(-LOG_END_BYTES, os.SEEK_END)
+            shutil.copyfileobj(file, short)
+        path.with_suffix(".short").replace(path)
+
     def log_tail(self, more_bytes: int = 0) -> bytes:
         """Return the last 64 KiB of what the MAP printed, and as many bytes more.
 
@@ -203,12 +227,13 @@ class _Host:
 
         Raises:
             ChildFailed: the MAP cannot be imported.
-            WorkerUnfit: it must not be, or not here.
+            MapChanged: it must not be.
+            WorkerUnfit: it cannot be here.
         """
         if self.child is None or not self.child.alive:
             await self.stop(kill=True)
             if await asyncio.to_thread(self.map.changed):
-                log.error("map.changed", map=self.map.name)
+                log.warning("map.changed", map=self.map.name, map_digest=self.map.digest)
                 raise MapChanged
             self.child = self._new_child()
         reply = await self.child.call({}, deadline_s=self.bounds.start_deadline_s)
@@ -225,13 +250,15 @@ class _Host:
         started, kills = loop.time(), _out_of_memory_kills()
         self.studies += 1
         try:
-            with self._seen(study) as place:
-                reply = await self.child.call(self._request(place), deadline_s=self.deadline_s)
+            async with _log_kept_small(study):
+                with self._seen(study) as place:
+                    reply = await self.child.call(self._request(place), deadline_s=self.deadline_s)
             run = Run(**reply)
         except ChildFailed as failed:
             run = _run_of(failed, loop.time() - started, self.device, _out_of_memory_kills() > kills)
         finally:
             replaced = study.mend()
+            await asyncio.to_thread(study.shorten_log)
         if replaced:
             log.warning("map.replaced", map=self.map.name, what=replaced)
             return replace(run, outcome="application_error", error_type="", where=f"{replaced} was replaced")
@@ -325,12 +352,17 @@ class MapRunner:
         self.unfit: WorkerUnfit | None = None
         """Why this worker must end, if it must."""
 
+    def use(self, gpus: tuple[str, ...]) -> None:
+        """Let the MAPs that come from now on use these devices; those that are there keep what they have."""
+        self._bounds = replace(self._bounds, gpus=gpus)
+
     async def start(self, name: str) -> str:
         """Start the MAP's process if it does not run, and return the device that it will use.
 
         Raises:
             ChildFailed: the MAP cannot be imported.
-            WorkerUnfit: its folder changed, or its GPU is gone.
+            MapChanged: its folder holds another version.
+            WorkerUnfit: its GPU is gone.
         """
         host = self._hosts[name]
         await self._start(host)
@@ -343,7 +375,7 @@ class MapRunner:
         has grown. Where earlier studies of the process may be the cause of a failure, a fresh one tries again.
 
         Raises:
-            WorkerUnfit: as above.
+            WorkerUnfit, MapChanged: as above.
             Unavailable: the MAP, which could be started once, cannot be started now, or serves in another version than
                 that of `digest` by now.
         """
@@ -433,6 +465,38 @@ class MapRunner:
         if host.is_spent(run):
             await host.stop(kill=run.outcome != "ran")
         return run
+
+
+@asynccontextmanager
+async def _log_kept_small(study: Study) -> AsyncIterator[None]:
+    """Free the disk under the middle of the log while the MAP prints into it, however much that is.
+
+    Nothing that the MAP has open changes: the file keeps its length, and a hole reads as zeros (fallocate(2)). Where
+    the file system has no holes, the log is shortened at the end alone.
+    """
+    descriptor = study.open_log()
+
+    async def look() -> None:
+        while True:
+            await asyncio.sleep(LOG_LOOK_S)
+            n_bytes = os.fstat(descriptor).st_size - LOG_HEAD_BYTES - LOG_END_BYTES
+            if n_bytes > 0:  # in no thread, which might outlive the descriptor
+                _punch(descriptor, LOG_HEAD_BYTES, n_bytes)
+
+    looking = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        looking.cancel()
+        with suppress(asyncio.CancelledError):
+            await looking
+        os.close(descriptor)
+
+
+def _punch(descriptor: int, first: int, n_bytes: int) -> None:
+    fallocate = ctypes.CDLL(None).fallocate
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    fallocate(descriptor, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, first, n_bytes)
 
 
 def _remove(path: Path) -> None:

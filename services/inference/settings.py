@@ -63,6 +63,8 @@ class InferenceSettings(ServiceSettings):
     """What runs MAPs that are images: docker, podman or nerdctl. Unset: the first of them that answers."""
     engine_args: str = ""
     """More arguments for its `run` and `create`, such as `--runtime runc`."""
+    engine_build_args: str = ""
+    """More arguments for its `build`, or buildah's, such as `--isolation chroot`; `radqueue map build` uses them."""
 
     def find_engine(self) -> Engine:
         """Return the container engine. Raises `EngineFailed` where there is none, or none answers."""

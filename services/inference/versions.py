@@ -36,7 +36,8 @@ from pydicom.errors import InvalidDicomError
 from services.inference import outputs
 from services.inference.archive import Archives
 from services.inference.engine import Engine, ecr_authorization, ecr_of
-from services.inference.maps import Map, is_image, load
+from services.inference.gpus import Share
+from services.inference.maps import Map, files_of, is_image, load
 from services.inference.outputs import OutputRefused
 from services.inference.records import Frozen
 from services.inference.routing import Route, RoutingTable, read
@@ -101,6 +102,11 @@ class Place:
         """What paths in the file are relative to: its folder; the working directory, where it is in S3."""
         return Path() if self.name.startswith("s3://") else Path(self.name).parent
 
+    @property
+    def file(self) -> str:
+        """What messages call the file: where it lies, whoever reads them knows."""
+        return PurePosixPath(self.name).name
+
     async def text(self) -> str:
         """Read the file. Raises `Misconfigured` and `Unavailable`."""
         try:
@@ -138,12 +144,14 @@ class Sources:
     """What their paths are relative to."""
     ecr: EcrClient
     engine: Callable[[], Engine] = Engine.find
+    file: str = "maps.yaml"
+    """What messages call the table that names them."""
 
     async def stamp(self, route: Route) -> str:
         """Return a text that is another one when the source is: the image's digest, or what a folder's listing says."""
         if not is_image(route.source, self.folder):
-            paths = [self.folder / route.source, *([self.folder / route.python] if route.python else [])]
-            return await asyncio.to_thread(_listing_of, paths)
+            places = [self.folder / route.source, *([self.folder / route.python] if route.python else [])]
+            return await asyncio.to_thread(_listing_of, places)
         if ecr_of(route.source) is not None:
             return await self._ecr_digest(route.source)
         engine = await asyncio.to_thread(self.engine)
@@ -155,9 +163,8 @@ class Sources:
         place = ecr_of(route.source) if is_image(route.source, self.folder) else None
         if place is None:
             engine = await asyncio.to_thread(self.engine) if is_image(route.source, self.folder) else None
-            return await asyncio.to_thread(
-                load, route.name, route.source, relative_to=self.folder, python=route.python, engine=engine
-            )
+            read_it = partial(load, route.name, route.source, relative_to=self.folder, python=route.python)
+            return await asyncio.to_thread(read_it, engine=engine, file=self.file)
         # By its digest: the tag may move between this look and the pull.
         pinned = reference or f"{_repository(route.source)}@{await self._ecr_digest(route.source)}"
         engine = await asyncio.to_thread(self.engine)
@@ -166,7 +173,7 @@ class Sources:
                 async with self.ecr(place[1]) as client:
                     authorization = await ecr_authorization(client)
             await asyncio.to_thread(engine.pull, pinned, authorization=authorization)
-        return await asyncio.to_thread(load, route.name, pinned, engine=engine)
+        return await asyncio.to_thread(load, route.name, pinned, engine=engine, file=self.file)
 
     async def _ecr_digest(self, reference: str) -> str:
         account, region = ecr_of(reference) or ("", "")
@@ -193,8 +200,11 @@ class Fleet:
     publish: Publish
     metrics: Metrics
     clock: Callable[[], datetime]
+    gpus: Share
     maps: dict[str, InstalledMap] = field(default_factory=dict)
     _text: str = ""
+    _refusal_told: str = ""
+    """What was wrong with the table at the last look."""
     _wanted: dict[str, Route] = field(default_factory=dict)
     _looked_at: dict[str, Route] = field(default_factory=dict)
     _stamps: dict[str, str] = field(default_factory=dict)
@@ -211,7 +221,7 @@ class Fleet:
             self._text = await self.table.text()
             self._wanted = {route.name: route for route in self._read(self._text).maps}
             for name, route in self._wanted.items():
-                place = f"maps.yaml: {name}"
+                place = f"{self.table.file}: {name}"
                 self._looked_at[name] = route
                 self.maps[name] = InstalledMap(await self._first(route), route)
         except Unavailable as error:
@@ -223,18 +233,19 @@ class Fleet:
         Raises:
             Misconfigured: a MAP cannot be imported, or fails its trial: a mistake of the deployment, not of a study.
             Unavailable: S3 does not answer, or the machine is to blame for a trial that failed.
-            WorkerUnfit: a MAP's folder changed meanwhile, or its GPU is gone.
+            MapChanged: a MAP's folder changed meanwhile.
+            WorkerUnfit: its GPU is gone.
         """
         for name, (found, route) in {name: (one.map, one.route) for name, one in self.maps.items()}.items():
             served = await self._served(name)
             if served is not None and served.map_digest != found.digest:
                 reason_code = await self._take_over(found, route, runner, served.map_digest)
                 if reason_code is not None:
-                    raise Misconfigured(_refusal(found, reason_code))
+                    raise Misconfigured(self._refusal(found, reason_code))
             try:
                 device = await runner.start(name)
             except ChildFailed as failed:
-                raise Misconfigured(f"maps.yaml: {name}: cannot be imported ({failed}).") from None
+                raise Misconfigured(f"{self.table.file}: {name}: cannot be imported ({failed}).") from None
             log.info("map.ready", map=name, map_digest=found.digest, device=device)
             await store_once(self.objects, _serving_key(name), self._serves_now(found, route))
 
@@ -257,6 +268,7 @@ class Fleet:
             self._stamps.pop(name, None)
             if self.maps.pop(name, None) is not None:
                 await runner.remove(name)
+                await self._reserve(runner)
                 log.info("map.removed", map=name)
         for name, route in self._wanted.items():
             installed = self.maps.get(name)
@@ -271,7 +283,9 @@ class Fleet:
             except (Misconfigured, Unavailable, OSError) as error:
                 # Whatever is the matter with a source or its registry, what serves goes on: also while files of a
                 # folder come and go, because somebody copies a new version into it.
-                log.error("map.source_failed", map=name, reason=type(error).__name__)  # noqa: TRY400 - not a bug
+                # Not the text of an OSError: it may name a file of the golden study.
+                why = [] if isinstance(error, OSError) else str(error).splitlines()
+                log.error("map.source_failed", map=name, reason=type(error).__name__, why=why)  # noqa: TRY400 - not a bug
                 self.metrics.put(declared.MAP_SOURCE_FAILURES, 1, Map=name)
 
     async def _read_again(self) -> None:
@@ -282,6 +296,7 @@ class Fleet:
             self._refused_table(str(error))
             return
         if text == self._text:
+            self._refusal_told = ""
             return
         self._text = text
         try:
@@ -292,12 +307,15 @@ class Fleet:
         log.info("maps.read", maps=sorted(self._wanted))
 
     def _refused_table(self, why: str) -> None:
+        if why == self._refusal_told:
+            return
+        self._refusal_told = why
         log.error("maps.refused", why=why.splitlines())
         self.metrics.put(declared.ROUTING_TABLES_REFUSED, 1)
 
     def _read(self, text: str) -> RoutingTable:
-        table = read(text)
-        self.archives.require(table.maps)
+        table = read(text, self.table.file)
+        self.archives.require(table.maps, self.table.file)
         return table
 
     async def _first(self, route: Route) -> Map:
@@ -320,7 +338,7 @@ class Fleet:
         found = await self.sources.fetch(route)
         rejection = await self._rejection(found)
         if rejection is not None:
-            raise Misconfigured(_refusal(found, rejection.reason_code))
+            raise Misconfigured(self._refusal(found, rejection.reason_code))
         self._stamps[route.name] = stamp
         return found
 
@@ -350,18 +368,33 @@ class Fleet:
         Raises `Unavailable` where the trial says nothing about the version.
         """
         try:
+            await self._reserve(runner, found)
             reason_code = await self._tried(found, route, runner)
-        except (Unavailable, OSError):
+        except (Misconfigured, Unavailable, OSError):
             await runner.forget_tried(route.name)
+            await self._reserve(runner)
             raise
         if reason_code is not None:
             await runner.forget_tried(route.name)
+            await self._reserve(runner)
             await self._reject(found, route, reason_code, previous)
             return reason_code
         await runner.install(found, serving_of(route))
         self.maps[route.name] = InstalledMap(found, route)
         await self._tell_updated(found, route, previous)
         return None
+
+    async def _reserve(self, runner: MapRunner, found: Map | None = None) -> None:
+        """Have as much of the GPUs as what serves asks for, with `found` instead of the version that serves.
+
+        Raises:
+            Unavailable: there is no room for it now.
+            Misconfigured: there never is.
+        """
+        wanted = {name: one.map for name, one in self.maps.items()} | ({found.name: found} if found else {})
+        if not await asyncio.to_thread(self.gpus.cover, [one.needs for one in wanted.values()]):
+            raise Unavailable("the GPUs have no room for it beside what serves")
+        runner.use(self.gpus.devices)
 
     async def _tried(self, found: Map, route: Route, runner: MapRunner) -> str | None:
         """Try a version; return why it is not good, or None. Raises `Unavailable` where that cannot be said."""
@@ -395,6 +428,12 @@ class Fleet:
             except InvalidDicomError:
                 raise _undecided(found, "golden_study_unreadable") from None
         return None
+
+    def _refusal(self, found: Map, reason_code: str) -> str:
+        return (
+            f"{self.table.file}: {found.name}: this version was rejected ({reason_code}); mend it, or remove "
+            f"{_rejection_key(found)} from the bucket."
+        )
 
     def _golden(self, golden: str) -> str:
         return golden if golden.startswith("s3://") else str(self.sources.folder / golden)
@@ -472,13 +511,6 @@ def _only_dicom(folder: Path) -> bool:
     return any(folder.iterdir())
 
 
-def _refusal(found: Map, reason_code: str) -> str:
-    return (
-        f"maps.yaml: {found.name}: this version was rejected ({reason_code}); mend it, or remove "
-        f"{_rejection_key(found)} from the bucket."
-    )
-
-
 def _is_another_image(served: str, source: str, stamp: str) -> bool:
     """Tell whether what served is a registry's image of the same repository, other than the one there now."""
     pinned, _, digest = served.partition("@")
@@ -504,14 +536,12 @@ def _repository(reference: str) -> str:
     return f"{place}{slash}{last.partition(':')[0]}"
 
 
-def _listing_of(paths: list[Path]) -> str:
-    """Return the hash of what a folder's files are called, how large they are, and when they were written."""
+def _listing_of(places: list[Path]) -> str:
+    """Return the hash of what a MAP's files are called, how large they are, and when they were written."""
     digest = hashlib.sha256()
-    for root in paths:
-        for path in [root] if root.is_file() else sorted(root.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                status = path.stat()
-                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for path in (path for place in places if place.exists() for path in files_of(place)):
+        status = path.stat()
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

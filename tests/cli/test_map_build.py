@@ -44,7 +44,7 @@ APP_YAML = "application: {title: Tiny, version: 2.1}\nresources: {cpu: 1, gpu: 0
 
 def radqueue(*arguments, arguments_of_engine=(), **environ):
     """Run the command, as users do."""
-    more = {"RADQUEUE_ENGINE_ARGS": " ".join(arguments_of_engine), "BUILDAH_ISOLATION": "chroot"}
+    more = {"RADQUEUE_ENGINE_ARGS": " ".join(arguments_of_engine), "RADQUEUE_ENGINE_BUILD_ARGS": "--isolation chroot"}
     return subprocess.run(
         [sys.executable, "-m", "cli.main", *map(str, arguments)],
         env=plain_environ() | more | environ,
@@ -64,6 +64,8 @@ def lay_application(folder):
     (folder / "README.md").write_text("# Tiny\n")
     (folder / ".git").mkdir()
     (folder / ".git" / "config").write_text("not part of it")
+    (folder / "venv").mkdir()
+    (folder / "venv" / "pyvenv.cfg").write_text("not part of it")
     (folder / "wheels").mkdir()
     (folder / "requirements.txt").write_text("./wheels/tiny-1.0-py3-none-any.whl\n")
     info = "tiny-1.0.dist-info"
@@ -141,6 +143,7 @@ def test_an_image_says_what_the_specification_asks_for(engine, built):
     assert pkg["resources"] == {"cpu": 1, "gpu": 0, "memory": "512Mi"}
     assert engine.read(built["tag"], "/opt/holoscan/models/tiny/model.ts") == b"weights"
     assert engine.read(built["tag"], "/opt/holoscan/app/.git/config") is None
+    assert engine.read(built["tag"], "/opt/holoscan/app/venv/pyvenv.cfg") is None
     assert (inspected.user, inspected.working_directory) == ("1000:1000", "/var/holoscan")
     assert inspected.labels["org.opencontainers.image.title"] == "Tiny"
     assert inspected.environment["HOLOSCAN_MODEL_PATH"] == "/opt/holoscan/models"
@@ -214,6 +217,27 @@ def test_an_image_is_unpacked_to_a_source_that_says_the_same(engine, built, tmp_
     for key in ("timeout_s", "cpu", "memory_bytes"):
         assert of_folder[key] == of_image[key] is not None
     assert of_folder["models"] == str(tmp_path / "out" / "models")
+
+
+def test_a_build_that_fails_tells_why_in_few_lines_and_where_the_rest_is(engine, tmp_path):
+    """The lines that tell are shown, all are kept in a file, and that nothing is installed is said before."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "app.py").write_text("")
+    build = ["map", "build", tmp_path / "app", "--tag", "failing:1", "--base", CONTAINER_BASE]
+    wrong = radqueue(*build, RADQUEUE_ENGINE_BUILD_ARGS="--no-such-argument", TMPDIR=str(tmp_path))
+    (tmp_path / "app" / "requirements.txt").write_text("./there-is-no-such-wheel.whl\n")
+    failed = radqueue(*build, TMPDIR=str(tmp_path))
+    lines = failed.stderr.splitlines()
+    log = Path(lines[-1].rpartition(" ")[2])
+
+    assert (wrong.returncode, failed.returncode) == (1, 1)
+    assert "there is no requirements.txt in" in wrong.stderr
+    assert "--no-such-argument" in wrong.stderr, "the setting reaches the build"
+    assert "there is no requirements.txt" not in failed.stderr
+    assert any("there-is-no-such-wheel.whl" in line for line in lines)
+    assert len(lines) < 12
+    assert log.parent == tmp_path
+    assert "COPY app" in log.read_text()
 
 
 def test_without_a_builder_the_context_is_written(tmp_path):

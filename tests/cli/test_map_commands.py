@@ -9,7 +9,7 @@ import textwrap
 import pydicom
 import pytest
 
-from cli.phantom import write_ct_series
+from cli.phantom import Patient, write_ct_series
 from tests.cli.conftest import ROOT, plain_environ
 
 CT_TISSUES = ROOT / "maps" / "ct_tissues"
@@ -73,7 +73,7 @@ def test_a_map_that_works_is_found_to_work(study, tmp_path):
     for check in ("manifests", "interpreter", "requirements", "libcudart", "application", "models", "study", "outputs"):
         assert any(line.startswith(f"ok {check}: ") for line in lines), check
     assert "ok models: ct_tissues is a TorchScriptModel, and loads as RecursiveScriptModule" in lines
-    assert "ok outputs: 1 DICOM instances (SEG) with the study's attributes" in lines
+    assert "ok outputs: 1 DICOM instance (SEG) with the study's attributes" in lines
     assert (tmp_path / "log.txt").stat().st_size > 0
 
 
@@ -84,7 +84,8 @@ def test_a_result_that_the_archive_would_hide_is_found(study, tmp_path):
     found = findings_of(done)["outputs"]
 
     assert done.returncode == 1
-    assert (found["level"], found["text"]) == ("error", "AccessionNumber are not those of the study")
+    assert found["level"] == "error"
+    assert found["text"] == "the attributes named are not those of the study (AccessionNumber)"
     assert "non-primary" in found["remedy"]
 
 
@@ -102,7 +103,10 @@ def test_what_keeps_a_map_from_being_imported_is_found(tmp_path):
     assert found["application"]["text"].startswith("ModuleNotFoundError: No module named 'there_is_no_such_module'")
     assert f"{tmp_path / 'app.py'}:2" in found["application"]["text"]
     assert found["models"]["text"] == f"the SDK knows no model in {tmp_path / 'models'}"
-    assert re.fullmatch(r"other versions: numpy==0\.1 \(there is .+\)", found["requirements"]["text"])
+    told = [one["text"] for one in json.loads(done.stdout)["findings"] if one["check"] == "requirements"]
+    assert told[0] == "not installed: there-is-no-such-package>=2"
+    assert re.fullmatch(r"other versions: numpy==0\.1 \(there is .+\)", told[1])
+    assert told[2:] == ["not compared: ./local.whl"]
     assert found["manifests"]["text"].startswith("asks for 9.22e+05 GiB of memory")
     assert all(one["remedy"] for one in found.values())
 
@@ -113,7 +117,34 @@ def test_an_interpreter_without_the_sdk_is_found(tmp_path):
     done = radqueue_map("check", tmp_path, "--python", "/usr/bin/env", "--json")
 
     assert done.returncode == 1
-    assert "its interpreter ended" in findings_of(done)["interpreter"]["text"]
+    assert "/usr/bin/env ended" in findings_of(done)["interpreter"]["text"]
+
+
+def test_a_program_without_the_sdk_is_checked_as_what_it_is(study, tmp_path):
+    """Served warm it cannot be, which is all that is said; with a process per study it is a program like any other."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # -S: no site packages
+    python.chmod(0o755)
+    (tmp_path / "app.py").write_text(
+        "import os, pathlib\npathlib.Path(os.environ['HOLOSCAN_OUTPUT_PATH'], 'a.txt').write_text('a')\n"
+    )
+    (tmp_path / "app.yaml").write_text("resources: {cpu: 1, gpus: 1}\n")
+    how = ("check", tmp_path, "--input", study, "--python", python, "--json")
+    warm, alone = radqueue_map(*how), radqueue_map(*how, "--isolation", "process", "--outputs", "any")
+    wants_more = radqueue_map(*how, "--isolation", "process", "--outputs", "SEG=1")
+    on_text = radqueue_map("check", tmp_path, "--input", tmp_path / "app.yaml", *how[4:], "--isolation", "process")
+    errors = [one for one in json.loads(warm.stdout)["findings"] if one["level"] == "error"]
+
+    assert [one["text"] for one in errors] == ["the MONAI Deploy App SDK is not installed there"]
+    assert "isolation: process" in errors[0]["remedy"]
+    assert findings_of(warm)["study"]["text"] == "it was not run"
+    assert alone.returncode == 0, alone.stdout
+    assert "wrote 1 file (text/plain), and no DICOM" in alone.stdout
+    assert "keys that mean nothing: app.yaml: resources: gpus" in alone.stdout
+    assert f"there is no DICOM file in {tmp_path / 'app.yaml'}" in on_text.stdout
+    assert wants_more.returncode == 1
+    assert findings_of(wants_more)["outputs"]["text"] == "it ended well and wrote nothing that an archive takes"
 
 
 def test_a_source_that_is_no_map_is_told_with_exit_code_1(tmp_path):
@@ -152,6 +183,8 @@ def test_a_map_that_fails_by_hand_fails_the_command(study, tmp_path):
 
     assert (failed.returncode, wrote_nothing.returncode) == (1, 1)
     assert re.match(r"application_error in [0-9.]+ s on cpu: KeyError app\.py:1\n", failed.stdout)
+    assert "the application raised an exception. Mend the application at that place" in failed.stdout
+    assert "--log FILE writes what it prints" in failed.stdout
     assert wrote_nothing.stdout.startswith("no_output in ")
 
 
@@ -160,9 +193,18 @@ def test_what_cannot_be_meant_is_wrong_usage(tmp_path):
     missing = radqueue_map("run", CT_TISSUES, "--input", tmp_path / "none", "--output", tmp_path / "out")
     isolation = radqueue_map("check", CT_TISSUES, "--isolation", "thread")
     image = radqueue_map("extract", CT_TISSUES, "--out", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    write_ct_series(tmp_path / "two" / "a", slices=1, size=16, patient=Patient("A", "1"))
+    write_ct_series(tmp_path / "two" / "b", slices=1, size=16, patient=Patient("B", "2"))
+    empty = radqueue_map("check", CT_TISSUES, "--input", tmp_path / "empty")
+    two = radqueue_map("check", CT_TISSUES, "--input", tmp_path / "two")
+    outputs = radqueue_map("check", CT_TISSUES, "--outputs", "SEG")
 
-    assert [missing.returncode, isolation.returncode, image.returncode] == [2, 2, 2]
+    assert [done.returncode for done in (missing, isolation, image, empty, two, outputs)] == [2] * 6
     assert "does not exist" in missing.stderr
+    assert "there is no file in" in empty.stderr
+    assert "holds 2 studies" in two.stderr
+    assert "such as SEG=1" in outputs.stderr
     assert "warm or process" in isolation.stderr
     assert "is no image" in image.stderr
 
@@ -171,8 +213,11 @@ def test_a_map_tells_what_it_says_of_itself():
     """The manifests and the variables of a folder are shown without importing it."""
     told = json.loads(radqueue_map("show", CT_TISSUES, "--json").stdout)
     variables = dict(line.split("=", 1) for line in radqueue_map("env", CT_TISSUES).stdout.splitlines())
+    lines = radqueue_map("show", CT_TISSUES).stdout.splitlines()
 
     assert told["models"] == str(CT_TISSUES / "models")
     assert told["memory_bytes"] == 2 << 30
+    assert f"{'memory':<18}2 GiB" in lines
+    assert f"{'application':<18}{CT_TISSUES}" in lines
     assert variables["HOLOSCAN_INPUT_PATH"] == variables["MONAI_INPUTPATH"] == "INPUT"
     assert variables["HOLOSCAN_MODEL_PATH"] == str(CT_TISSUES / "models")

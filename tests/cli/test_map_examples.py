@@ -121,7 +121,7 @@ def test_an_application_that_writes_pictures():
     code, found = check("simple_imaging_app", Path(EXAMPLES, "simple_imaging_app", "input"))
 
     assert code == 0
-    assert found["outputs"] == "wrote 1 files (image/png), and no DICOM"
+    assert found["outputs"] == "wrote 1 file (image/png), and no DICOM"
 
 
 def test_an_application_that_turns_a_series_into_pictures(studies):
@@ -135,11 +135,11 @@ def test_an_application_that_turns_a_series_into_pictures(studies):
 @pytest.mark.parametrize(
     ("application", "models", "written"),
     [
-        ("ai_spleen_seg_app", {"model": 2}, "1 DICOM instances (SEG)"),
-        ("ai_pancreas_seg_app", {"model": 3}, "1 DICOM instances (SEG)"),
+        ("ai_spleen_seg_app", {"model": 2}, "1 DICOM instance (SEG)"),
+        ("ai_pancreas_seg_app", {"model": 3}, "1 DICOM instance (SEG)"),
         ("ai_multi_ai_app", {"spleen_ct": 2, "pancreas_ct_dints": 3}, "2 DICOM instances (SEG)"),
-        ("ai_livertumor_seg_app", {"model": 3}, "1 DICOM instances (SEG)"),
-        ("ai_unetr_seg_app", {"model": 14}, "1 DICOM instances (SEG)"),
+        ("ai_livertumor_seg_app", {"model": 3}, "1 DICOM instance (SEG)"),
+        ("ai_unetr_seg_app", {"model": 14}, "1 DICOM instance (SEG)"),
     ],
 )
 def test_an_application_that_segments(application, models, written, studies, tmp_path):
@@ -158,7 +158,7 @@ def test_an_application_that_classifies(studies, tmp_path):
     code, found = check("breast_density_classifier_app", studies / "mg", "--models", tmp_path)
 
     assert code == 0, found
-    assert found["outputs"].startswith("1 DICOM instances (SR) with the study's attributes")
+    assert found["outputs"].startswith("1 DICOM instance (SR) with the study's attributes")
 
 
 def test_an_application_whose_result_belongs_to_nobody(tmp_path):

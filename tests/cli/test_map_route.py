@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from cli import map_route
 from cli.client import Client
 from cli.phantom import write_ct_series
 from shared.dicom import Geometry, Revision, StoredInstance
@@ -19,7 +20,7 @@ maps:
 
 @pytest.fixture
 def table(tmp_path):
-    path = tmp_path / "maps.yaml"
+    path = tmp_path / "mine.yaml"
     path.write_text(TABLE)
     return path
 
@@ -41,7 +42,7 @@ def test_a_folder_is_routed_without_aws(radqueue, table, tmp_path):
     assert answers(found)["mr"] == (False, ["Modality", "n_instances"])
     unmet = {one["map"]: one["unmet"] for one in found["series"][0]["maps"]}
     assert unmet["mr"]["Modality"] == {"wanted": "MR", "has": "CT"}
-    assert unmet["mr"]["n_instances"] == {"wanted": {"min": 4.0, "max": None}, "has": 3}
+    assert unmet["mr"]["n_instances"] == {"wanted": {"min": 4.0}, "has": 3}
     assert found["studies"] == {"whole": [found["series"][0]["series_uid"]]}
 
 
@@ -77,8 +78,26 @@ def test_a_stored_study_is_routed_by_its_newest_revisions(radqueue, local_aws, t
 
     assert answers(found, 0) == {"chest": (True, []), "whole": (True, []), "mr": (False, ["Modality", "n_instances"])}
     assert answers(found, 1)["chest"] == (False, ["BodyPartExamined", "Modality", "geometry.verdict"])
-    assert "BodyPartExamined: wants CHEST, has None" in told
+    assert "BodyPartExamined: wants CHEST, missing" in told
+    assert "n_instances: wants at least 4, has 1" in told
     assert "whole: 1 series in one run" in told
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ("CT", "CT"),
+        (["CHEST", "THORAX"], "CHEST or THORAX"),
+        ({"regex": "(?i)lung"}, "a match of (?i)lung"),
+        ({"min": 1.0, "max": 2.5}, "at least 1 and at most 2.5"),
+        ({"missing": True}, "none"),
+        ({"missing": False}, "any value"),
+    ],
+)
+def test_a_condition_is_told_in_words(condition, words):
+    """Nobody has to read how this program writes down a condition."""
+    assert map_route._wish(condition) == words
+    assert [map_route._fact(one) for one in (None, "", ["A", "B"], 3)] == ["missing", "missing", "has A, B", "has 3"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +106,7 @@ def test_a_stored_study_is_routed_by_its_newest_revisions(radqueue, local_aws, t
         ("1.2.3.4.5.6", TABLE, 1, "no series of this study has settled here"),
         ("no-uid", TABLE, 2, "neither a folder nor a StudyInstanceUID"),
         (".", TABLE, 1, "there is no DICOM file"),
-        (".", "maps: [", 2, "maps.yaml: line 1, column 8: not YAML."),
+        (".", "maps: [", 2, "mine.yaml: line 1, column 8: not YAML."),
         (".", None, 2, "--maps: cannot read"),
     ],
 )

@@ -81,9 +81,22 @@ def test_a_misconfigured_service_ends_everything_with_its_words(tmp_path):
     """Starting it again would not help, so the first exit code 2 ends everything and shows which setting it is."""
     stack = Stack(tmp_path / "d", services=("reporter",), environ=os.environ | {"RADQUEUE_SLOTS": "0"})
 
-    with pytest.raises(StackFailed, match=r"reporter is misconfigured\n(.*\n)*.*RADQUEUE_SLOTS"):
+    with pytest.raises(StackFailed, match=r"reporter is misconfigured:\n  RADQUEUE_SLOTS: "):
         stack.__enter__()
     assert stack.pids == {}
+
+
+def test_all_that_is_wrong_with_a_table_is_shown_with_exit_code_2(radqueue, tmp_path):
+    """However many places of a table are wrong, each is a line under its own name; they are the user's to mend."""
+    wrong = [{"name": f"map_{number:02}", "source": "x", "when": {"Colour": 1}} for number in range(20)]
+    (tmp_path / "mine.yaml").write_text(json.dumps({"maps": wrong}))
+    options = ("up", "--dir", tmp_path / "d", "--port", 0, "--service", "inference")
+    done = radqueue(*options, env={"RADQUEUE_MAPS_FILE": "mine.yaml"}, timeout=WAIT_S)
+    lines = done.stderr.splitlines()
+
+    assert done.returncode == 2
+    assert "radqueue: inference is misconfigured:" in lines
+    assert sum(line.startswith("  mine.yaml: ") and "Colour" in line for line in lines) == 20
 
 
 def test_a_taken_folder_is_said(tmp_path, local_aws):

@@ -79,6 +79,11 @@ APP = textwrap.dedent(
             print("printed by the MAP about", source.PatientName)
             if wish == "raise":
                 raise KeyError(str(source.PatientName))
+            if wish == "wrapped":
+                try:
+                    raise MemoryError(str(source.PatientName))
+                except MemoryError as error:
+                    raise RuntimeError("applying transform") from error
             if wish == "hang":
                 while True:
                     time.sleep(3600)

@@ -228,7 +228,7 @@ def test_a_map_is_read_out_of_an_image(podman, image):
     name = image({"/etc/holoscan/app.json": json.dumps(MANIFEST), "/opt/holoscan/app/__main__.py": ""})
     found = load("m", name, engine=podman)
 
-    assert found.folder is None
+    assert found.place is None
     assert not found.changed()
     assert found.digest == podman.inspect(name).digests[0].rpartition("sha256:")[2][:32]
     assert (found.python, found.command) == ("python3", ("python3", "/opt/holoscan/app"))

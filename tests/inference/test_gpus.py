@@ -3,12 +3,12 @@
 import asyncio
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import closing
 
 import pytest
 
 from services.inference import gpus
-from services.inference.gpus import MIB, Gpu, _take, parse, reserved
+from services.inference.gpus import MIB, Gpu, Share, parse
 from services.inference.manifests import Needs
 from services.inference.runner import ROOT
 from shared.config import Misconfigured
@@ -17,11 +17,12 @@ TWO = [Gpu("0", "GPU-a", 16_000 * MIB), Gpu("1", "GPU-b", 80_000 * MIB)]
 
 HOLD = """
 import sys
-from contextlib import ExitStack
 from pathlib import Path
-from services.inference.gpus import MIB, Gpu, _take
-held = ExitStack()
-assert _take(Path(sys.argv[1]), [Gpu("0", "GPU-a", 16_000 * MIB)], 1, 12_000 * MIB, held)
+from services.inference import gpus
+from services.inference.manifests import Needs
+gpus.installed = lambda: [gpus.Gpu("0", "GPU-a", 16_000 * gpus.MIB)]
+share = gpus.Share(Path(sys.argv[1]), ())
+assert share.cover([Needs(gpu=1, gpu_memory_bytes=12_000 * gpus.MIB)])
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -34,66 +35,103 @@ def test_what_the_driver_tells_is_read():
     assert parse(told) == [Gpu("0", "GPU-1b2c", 143_771 * MIB)]
 
 
-def test_workers_share_a_device_up_to_its_memory(tmp_path):
+def asking(*mib):
+    """What MAPs ask for that say so much, or nothing."""
+    return [Needs(gpu=1, gpu_memory_bytes=one * MIB if one else None) for one in mib]
+
+
+@pytest.fixture
+def two(monkeypatch):
+    monkeypatch.setattr(gpus, "installed", lambda: TWO)
+
+
+@pytest.fixture
+def share(tmp_path):
+    """Make workers' shares of one machine; all are closed at the end."""
+    shares = []
+
+    def make(*allowed):
+        shares.append(Share(tmp_path, allowed))
+        return shares[-1]
+
+    yield make
+    for one in shares:
+        one.close()
+
+
+def test_workers_share_a_device_up_to_its_memory(two, share):
     """Two fit, a third does not until one of them ends; a whole device goes to one alone."""
-    with ExitStack() as first, ExitStack() as second, ExitStack() as third:
-        assert _take(tmp_path, TWO[:1], 1, 8_000 * MIB, first) == TWO[:1]
-        assert _take(tmp_path, TWO[:1], 1, 8_000 * MIB, second) == TWO[:1]
-        assert _take(tmp_path, TWO[:1], 1, 1 * MIB, third) == []
-        assert _take(tmp_path, TWO, 1, 1 * MIB, third) == TWO[1:]
+    first, second, third = share("0"), share("0"), share("0")
 
-        first.close()
-
-        assert _take(tmp_path, TWO[:1], 1, None, third) == []
-
-        second.close()
-
-        assert _take(tmp_path, TWO[:1], 1, None, third) == TWO[:1]
-        assert _take(tmp_path, TWO[:1], 1, 1 * MIB, third) == []
+    assert first.cover(asking(8_000))
+    assert second.cover(asking(8_000))
+    assert not third.cover(asking(1))
+    first.close()
+    assert not third.cover(asking(None))
+    second.close()
+    assert third.cover(asking(None))
+    assert not first.cover(asking(1))
+    assert share("0", "1").cover(asking(1))
 
 
-def test_what_a_killed_worker_reserved_is_free(tmp_path):
+def test_a_share_grows_and_shrinks_with_what_the_maps_ask_for(two, share):
+    """What does not fit beside the others changes nothing; more devices come to those that are held."""
+    mine, other = share(), share("GPU-b")
+    assert mine.cover(asking(10_000))
+    assert other.cover(asking(70_000))
+
+    assert mine.devices == ("GPU-a",)
+    assert mine.cover(asking(10_000, 5_000))
+    assert not mine.cover([Needs(gpu=2, gpu_memory_bytes=15_000 * MIB)])
+    assert (mine.devices, share("0").cover(asking(2_000))) == (("GPU-a",), False)
+    assert mine.cover([Needs(gpu=2, gpu_memory_bytes=9_000 * MIB)])
+    assert mine.devices == ("GPU-a", "GPU-b")
+    assert mine.cover([Needs()])
+    assert (mine.devices, share("0").cover(asking(16_000))) == ((), True)
+
+
+def test_what_a_killed_worker_reserved_is_free(tmp_path, monkeypatch, share):
     """The kernel gives the lock back, however the worker ended."""
+    monkeypatch.setattr(gpus, "installed", lambda: TWO[:1])
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
-        held = other.stdout.readline()
-        with ExitStack() as mine:
-            refused = _take(tmp_path, TWO[:1], 1, 8_000 * MIB, mine)
-            other.kill()
-            other.wait()
-            taken = _take(tmp_path, TWO[:1], 1, 8_000 * MIB, mine)
+        held = next(line for line in other.stdout if line == b"held\n")
+        mine = share()
+        refused = mine.cover(asking(8_000))
+        other.kill()
+        other.wait()
+        taken = mine.cover(asking(8_000))
 
     assert held == b"held\n"
-    assert (refused, taken) == ([], TWO[:1])
+    assert (refused, taken) == (False, True)
 
 
-async def test_a_worker_waits_for_room_and_takes_what_all_its_maps_ask_for(tmp_path, monkeypatch):
+async def test_a_worker_waits_for_room_and_takes_what_all_its_maps_ask_for(tmp_path, two, monkeypatch):
     """The sum of its MAPs is reserved, on a device that it may use; who does not fit waits for another's end."""
-    monkeypatch.setattr(gpus, "installed", lambda: TWO)
     monkeypatch.setattr(gpus, "WAIT_S", 0.01)
-    asking = [Needs(gpu=1, gpu_memory_bytes=30_000 * MIB), Needs(gpu=1, gpu_memory_bytes=20_000 * MIB), Needs()]
+    wanted = [*asking(30_000, 20_000), Needs()]
+    with closing(Share(tmp_path, ["0", "1"])) as second:
+        with closing(Share(tmp_path, [])) as first:
+            await first.wait_for(wanted)
+            waiting = asyncio.create_task(second.wait_for(wanted))
+            done, _ = await asyncio.wait([waiting], timeout=0.2)
 
-    async def second():
-        async with reserved(tmp_path, asking, ["0", "1"]) as devices:
-            return devices
-
-    async with reserved(tmp_path, asking, []) as devices:
-        waiting = asyncio.create_task(second())
-        done, _ = await asyncio.wait([waiting], timeout=0.2)
-
-        assert devices == ("GPU-b",)
-        assert not done
-    assert await waiting == ("GPU-b",)
+            assert first.devices == ("GPU-b",)
+            assert not done
+        await waiting
+        assert second.devices == ("GPU-b",)
 
 
-async def test_more_than_there_is_is_a_mistake_and_no_gpu_is_none(tmp_path, monkeypatch):
+async def test_more_than_there_is_is_a_mistake_and_no_gpu_is_none(share, monkeypatch):
     """A worker that could never start says so; where no MAP wants a GPU, or there is none, nothing is reserved."""
-    async with reserved(tmp_path, [Needs(gpu=1)], ["3"]) as devices:
-        assert devices == ("3",), "this machine has no driver"
+    mine = share("3")
+    await mine.wait_for(asking(None))
+    assert mine.devices == ("3",), "this machine has no driver"
     monkeypatch.setattr(gpus, "installed", lambda: TWO)
     with pytest.raises(Misconfigured, match="1 GPUs with 90000 MiB"):
-        async with reserved(tmp_path, [Needs(gpu=1, gpu_memory_bytes=90_000 * MIB)], []):
-            pass
-    async with reserved(tmp_path, [Needs()], ["0"]) as devices:
-        assert devices == ("0",)
+        await share().wait_for(asking(90_000))
+    free = share("0")
+    await free.wait_for([Needs()])
+
+    assert free.devices == ("0",)

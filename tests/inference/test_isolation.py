@@ -24,6 +24,18 @@ SCRIPTS = {
         "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    raise ValueError('Secret^Name') from error",
         "application_error",
         "ValueError",
+        "app.py:6, from ZeroDivisionError app.py:4",
+    ),
+    "wrapped": (
+        "try:\n    bytearray(64 << 30)\nexcept MemoryError as error:\n    raise RuntimeError('Secret^Name') from error",
+        "out_of_memory",
+        "RuntimeError",
+        "app.py:6, from MemoryError app.py:4",
+    ),
+    "while handling": (
+        "try:\n    raise MemoryError\nexcept MemoryError:\n    raise ValueError('Secret^Name')",
+        "application_error",
+        "ValueError",
         "app.py:6",
     ),
     "exit": ("sys.exit('Secret^Name')", "application_error", "exit 1", ""),

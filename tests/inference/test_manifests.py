@@ -116,7 +116,17 @@ def test_sizes_are_read_in_binary_and_decimal_units(text, n_bytes):
         ({}, {"models": "spleen"}, "pkg.json: models: expected an object"),
         ({}, {"models": [{"name": "spleen"}]}, "pkg.json: models: expected a name and a path"),
         ({}, {"resources": {"memory": "lots"}}, "pkg.json: resources.memory: expected a size"),
-        ({}, {"resources": {"gpu": "one"}}, "pkg.json: resources.gpu: expected a number"),
+        ({"timeout": -1}, {}, "app.json: timeout: expected seconds, 0 or more"),
+        ({"timeout": float("nan")}, {}, "app.json: timeout: expected seconds"),
+        ({"timeout": True}, {}, "app.json: timeout: expected seconds"),
+        ({}, {"resources": {"gpu": "one"}}, "pkg.json: resources.gpu: expected a number, 0 or more"),
+        ({}, {"resources": {"gpu": float("inf")}}, "pkg.json: resources.gpu: expected a number"),
+        ({}, {"resources": {"gpu": -1}}, "pkg.json: resources.gpu: expected a number"),
+        ({}, {"resources": {"gpu": 0.5}}, "pkg.json: resources.gpu: expected a whole number"),
+        ({}, {"resources": {"gpu": "500m"}}, "pkg.json: resources.gpu: expected a whole number"),
+        ({}, {"resources": {"cpu": float("nan")}}, "pkg.json: resources.cpu: expected a number"),
+        ({}, {"resources": {"memory": -4}}, "pkg.json: resources.memory: expected a size"),
+        ({}, {"resources": {"memory": "9" * 400}}, "pkg.json: resources.memory: expected a size"),
         ({}, {"resources": [1]}, "pkg.json: resources: expected keys"),
     ],
 )
@@ -126,6 +136,15 @@ def test_what_is_wrong_with_a_manifest_is_said_by_file_and_key(app, pkg, complai
         read(app, pkg)
 
     assert complaint in str(caught.value)
+
+
+def test_keys_that_mean_nothing_are_told_by_their_file():
+    """A slip in a key asks for nothing, and is seen; all spellings of a known key are known."""
+    found = read({"time-out": 3, "working-directory": "/w", "timeouts": 3}, {"resources": {"gpu_memory": 1, "gpus": 2}})
+    needs, _ = read_app_yaml(b"model_path: x\nresources: {memmory: 3Gi, gpu: 1}\n")
+
+    assert found.needs.unknown == ("app.json: timeouts", "pkg.json: resources: gpus")
+    assert needs.unknown == ("app.yaml: resources: memmory",)
 
 
 def test_a_manifest_that_is_no_json_is_refused_with_its_line():
@@ -155,6 +174,9 @@ def test_an_app_yaml_says_what_the_application_asks_for():
         (b"- a", "app.yaml: expected sections"),
         (b"application: spleen", "app.yaml: application: expected keys"),
         (b"resources: {memory: much}", "app.yaml: resources.memory: expected a size"),
+        (b"resources: {gpu: .inf}", "app.yaml: resources.gpu: expected a number"),
+        (b"resources: {cpu: .nan}", "app.yaml: resources.cpu: expected a number"),
+        (b"application: {timeout: -.inf}", "app.yaml: application.timeout: expected seconds"),
     ],
 )
 def test_what_is_wrong_with_an_app_yaml_is_said(text, complaint):

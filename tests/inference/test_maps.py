@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from services.inference.maps import digest_of, is_image, load, models_of
+from services.inference import maps
+from services.inference.maps import digest_of, files_of, is_image, load, models_of
 from shared.config import Misconfigured
 
 
@@ -17,7 +18,10 @@ def test_the_digest_depends_on_paths_and_content_alone(tmp_path):
         (folder / "models" / "m.ts").write_text("b")
     (other / "__pycache__").mkdir()
     (other / "__pycache__" / "app.pyc").write_text("c")
-    (other / ".git").write_text("d")
+    (other / ".git").mkdir()
+    (other / ".git" / "config").write_text("d")
+    (other / "env").mkdir()
+    (other / "env" / "pyvenv.cfg").write_text("e")
 
     assert digest_of(one) == digest_of(other)
 
@@ -49,7 +53,7 @@ def test_a_map_without_models_has_no_model_folder(tmp_path):
 
 def test_a_source_that_is_no_map_is_told_at_the_start(tmp_path):
     """A folder that is not there, and one without a program, are named with the MAP."""
-    with pytest.raises(Misconfigured, match=r"maps.yaml: m: its source .* is no folder"):
+    with pytest.raises(Misconfigured, match=r"maps.yaml: m: its source .* does not exist"):
         load("m", tmp_path / "missing")
     with pytest.raises(Misconfigured, match=r"maps.yaml: m: .* holds neither app.py nor __main__.py"):
         load("m", tmp_path)
@@ -103,6 +107,67 @@ def test_a_program_may_be_one_file_under_any_name(tmp_path):
 
     (tmp_path / "second.py").write_text(DEFINES)
     with pytest.raises(Misconfigured, match="nor one Python file that defines an Application"):
+        load("m", tmp_path)
+
+
+def test_a_program_that_is_one_file_is_made_of_what_it_imports(tmp_path):
+    """Modules and packages that it imports, its settings and its models make its digest; its neighbours do not."""
+    files = {
+        "classifier.py": DEFINES + "import os\nfrom one import a\ndef later():\n    import package.part\n",
+        "one.py": "import two\n",
+        "two.py": "import classifier\n",
+        "package/part.py": "from three import b\n",
+        "package/data.json": "{}",
+        "three.py": "",
+        "app.yaml": "resources: {cpu: 1}\n",
+        "models/m/model.ts": "m",
+    }
+    neighbours = ["other.py", "os.py.txt", "study/slice.dcm", "elsewhere/three.py"]
+    for name in (*files, *neighbours):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(files.get(name, "something"))
+    found = load("m", tmp_path / "classifier.py")
+
+    assert {path.relative_to(tmp_path).as_posix() for path in files_of(tmp_path / "classifier.py")} == set(files)
+    for name in neighbours:
+        (tmp_path / name).write_text("something else")
+    assert not found.changed()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + " ")
+        assert found.changed(), name
+        (tmp_path / name).write_text(text)
+    assert not found.changed()
+
+
+def test_models_behind_a_link_are_part_of_the_map(tmp_path):
+    """Models are often links to one store; another model there is another MAP, and a link in a circle is no trouble."""
+    (tmp_path / "map").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "map" / "app.py").write_text(DEFINES)
+    (tmp_path / "store" / "model.ts").write_text("a")
+    (tmp_path / "store" / "circle").symlink_to(tmp_path / "store")
+    (tmp_path / "map" / "models").symlink_to(tmp_path / "store")
+    found = load("m", tmp_path / "map")
+    (tmp_path / "store" / "model.ts").write_text("b")
+
+    assert found.changed()
+
+
+def test_a_folder_with_far_too_much_in_it_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """Somebody's home is no MAP; what to do is said."""
+    (tmp_path / "app.py").write_text(DEFINES)
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("x" * 10)
+    monkeypatch.setattr(maps, "MOST_FILES", 6)
+
+    assert load("m", tmp_path)
+    monkeypatch.setattr(maps, "MOST_FILES", 5)
+    with pytest.raises(Misconfigured, match=r"maps.yaml: m: .* Name the folder of the application alone"):
+        load("m", tmp_path)
+    assert load("m", tmp_path / "app.py")
+    monkeypatch.setattr(maps, "MOST_FILES", 6)
+    monkeypatch.setattr(maps, "MOST_BYTES", 60)
+    with pytest.raises(Misconfigured, match="holds more than a MAP should"):
         load("m", tmp_path)
 
 

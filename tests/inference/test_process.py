@@ -17,11 +17,10 @@ import yaml
 
 from cli.phantom import write_ct_series
 from services.inference.__main__ import serve
-from services.inference.records import Outputs, Routing, result_prefix, routing_prefix
-from services.inference.runner import MapChanged
+from services.inference.records import Outputs, Routing, routing_prefix
 from services.inference.settings import InferenceSettings
 from shared.config import ServiceSettings, load
-from shared.messages import InferenceCompleted, InferenceRequested, decode
+from shared.messages import InferenceCompleted, MapUpdated, decode
 from shared.metrics import Metrics
 
 TIMEOUT_S = 120
@@ -135,12 +134,13 @@ async def test_a_worker_that_is_killed_between_outputs_and_push_leaves_its_insta
     assert len(attempts) == 1
 
 
-async def test_a_worker_whose_map_changed_ends_and_gives_its_message_back(worker, clients, environ, queues, tmp_path):
-    """Only a new process can run the new MAP, so the worker fails for its supervisor, and the request waits for it."""
+async def test_a_map_that_changed_on_disk_is_served_in_its_new_version(worker, clients, environ, queues, tmp_path):
+    """A process that must be replaced finds another version: the request waits until that was tried, and gets it."""
     found = worker.maps["capture"]
-    shutil.copytree(found.map.folder, tmp_path / "capture", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(found.map.place, tmp_path / "capture", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "maps.yaml").write_text(yaml.safe_dump({"maps": [found.route.model_dump(mode="json")]}))
     environ |= {"RADQUEUE_MAPS_FILE": str(tmp_path / "maps.yaml"), "RADQUEUE_RECYCLE_AFTER": "1"}
+    environ |= {"RADQUEUE_MAP_VERSIONS_LOOK_S": "10", "RADQUEUE_MAPS_LOOK_S": "1"}
     first, second = await worker.store_series(), await worker.store_series()
     metrics, stop = Metrics(clients.cloudwatch), asyncio.Event()
     serving = asyncio.create_task(serve(load(InferenceSettings, environ), clients, metrics, stop))
@@ -149,10 +149,14 @@ async def test_a_worker_whose_map_changed_ends_and_gives_its_message_back(worker
     with (tmp_path / "capture" / "app.py").open("a") as program:
         program.write("# changed\n")
     queues.send(worker.request(second))
-    with pytest.raises(MapChanged):
-        await asyncio.wait_for(serving, TIMEOUT_S)
-    waiting = await queues.receive("inference")
+    seen = []
+    async with asyncio.timeout(TIMEOUT_S):
+        while not seen or not isinstance(seen[-1], InferenceCompleted):
+            seen.append(await queues.receive("reporting"))
+    stop.set()
+    await asyncio.wait_for(serving, TIMEOUT_S)
 
     assert isinstance(done, InferenceCompleted)
-    assert isinstance(waiting, InferenceRequested)
-    assert result_prefix(waiting.data) == result_prefix(worker.request(second).data)
+    assert [type(event) for event in seen] == [MapUpdated, InferenceCompleted]
+    assert seen[1].data.inputs[0].series_uid == second.series_uid
+    assert seen[1].data.map_digest == seen[0].data.map_digest != done.data.map_digest

@@ -129,18 +129,24 @@ def test_every_condition_must_hold():
     ("text", "line"),
     [
         ("maps: [", "maps.yaml: line 1, column 8: not YAML."),
-        ("- a", "maps.yaml: the document: "),
-        ("maps: [{name: a b, source: x, when: {Modality: CT}}]", "maps.yaml: maps.0.name: "),
-        ("maps: [{name: a, when: {Modality: CT}}]", "maps.yaml: maps.0.source: Field required."),
-        ("maps: [{name: a, source: x, when: {}}]", "maps.yaml: maps.0.when: "),
+        ("- a", "maps.yaml: the document: expected `maps:` with a list of MAPs"),
+        ("", "maps.yaml: maps: is missing; expected `maps:` with"),
+        ("maps: {name: a}", "maps.yaml: maps: expected `maps:` with"),
+        ("maps: [a]", "maps.yaml: maps.0: expected `maps:` with"),
+        ("map: []", "maps.yaml: map: expected `maps:` with"),
+        ("maps: [{name: a b, source: x, when: {Modality: CT}}]", "maps.yaml: maps.0.name: expected letters, digits"),
+        ("maps: [{name: a, when: {Modality: CT}}]", "maps.yaml: maps.0.source: is missing; expected a folder"),
+        ("maps: [{nam: a, source: x, when: {Rows: 1}}]", "maps.0.nam: there is no such key; there are name, source,"),
+        ("maps: [{name: a, source: x, when: {}}]", "maps.yaml: maps.0.when: expected at least one condition"),
         ("maps: [{name: a, source: x, when: {Modallity: CT}}]", "maps.0.when.Modallity: neither a DICOM keyword"),
         ("maps: [{name: a, source: x, when: {PatientName: {missing: true}}}]", "not among what ingest tells"),
         ("maps: [{name: a, source: x, when: {Modality: {regexp: CT}}}]", "maps.0.when.Modality: expected a value"),
         ("maps: [{name: a, source: x, when: {Modality: {regex: '('}}}]", "not a regular expression"),
         ("maps: [{name: a, source: x, when: {Rows: {min: 2, max: 1}}}]", "min is above max"),
         ("maps: [{name: a, source: x, when: {geometry.shape: CT}}]", "maps.0.when.geometry.shape: neither a DICOM"),
-        ("maps: [{name: a, source: x, when: {Rows: 1}, level: patient}]", "maps.yaml: maps.0.level: "),
-        ("maps: [{name: a, source: x, when: {Rows: 1}, push: pacs}]", "maps.yaml: maps.0.push: "),
+        ("maps: [{name: a, source: x, when: {Rows: 1}, level: patient}]", "maps.0.level: expected series or study."),
+        ("maps: [{name: a, source: x, when: {Rows: 1}, push: pacs}]", "maps.0.push: expected healthimaging, "),
+        ("maps: [{name: a, source: x, when: {Rows: 1}, outputs: {SEG: 0}}]", "outputs.SEG: expected the least number"),
         (
             "maps: [{name: a, source: x, when: {Rows: 1}}, {name: a, source: x, when: {Rows: 1}}]",
             "more than one MAP is named a",
@@ -151,8 +157,12 @@ def test_a_mistake_in_the_table_is_told_with_its_place(text, line):
     """Whoever writes maps.yaml reads what is wrong and where."""
     with pytest.raises(Misconfigured) as caught:
         read(text)
+    with pytest.raises(Misconfigured, match=r"^table\.yaml: ") as of_another_file:
+        read(text, "table.yaml")
 
     assert line in str(caught.value)
+    assert "Input should" not in str(caught.value)
+    assert "maps.yaml" not in str(of_another_file.value)
 
 
 def test_the_table_of_this_repository_takes_ct_and_nothing_else():

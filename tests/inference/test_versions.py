@@ -14,8 +14,11 @@ import pytest_asyncio
 import structlog
 import yaml
 
+from services.inference import gpus
 from services.inference.__main__ import open_ecr, serve
 from services.inference.engine import Inspected
+from services.inference.gpus import MIB, Gpu, Share
+from services.inference.manifests import Needs
 from services.inference.runner import MapRunner, Run, Study
 from services.inference.settings import InferenceSettings
 from services.inference.versions import Fleet, Place, Rejection, Served, Sources, serving_of
@@ -105,7 +108,8 @@ async def start(worker, clients, folder):
         found = Sources(folder.root, lambda region: open_ecr(clients, region), **sources)
         cloudwatch = Remembered()
         metrics = Metrics(cloudwatch)
-        fleet = Fleet(table, found, worker.archives, worker.objects, worker.publish, metrics, lambda: NOW)
+        told = worker.archives, worker.objects, worker.publish, metrics, lambda: NOW
+        fleet = Fleet(table, found, *told, Share(folder.root / "gpus", ()))
         await fleet.begin()
         serving = {name: serving_of(one.route) for name, one in fleet.maps.items()}
         runner = MapRunner((one.map for one in fleet.maps.values()), serving=serving)
@@ -276,6 +280,8 @@ async def test_a_source_that_is_gone_changes_nothing(worker, start, folder):
     assert started.fleet.maps["m"] == before
     assert worker.publish.events == []
     assert [line["event"] for line in lines] == ["map.source_failed"]
+    assert lines[0]["why"][0].startswith("maps.yaml: m: ")
+    assert "neither app.py nor __main__.py" in lines[0]["why"][0]
 
 
 async def test_a_study_that_waited_is_not_run_by_another_version(runner, study):
@@ -298,19 +304,20 @@ async def test_a_changed_route_holds_from_the_next_message_on(worker, start, fol
     assert worker.publish.events == []
 
 
-@pytest.mark.parametrize("text", ["maps: [", "maps: [{name: m}]", NO_DICOMWEB])
+@pytest.mark.parametrize("text", ["maps: [", "maps: [{name: m}]", NO_DICOMWEB, None])
 async def test_a_broken_table_keeps_the_old_one_and_is_told_once(start, folder, text):
     """Whoever wrote it reads the place in the log; what a MAP would need that the worker lacks breaks it as well."""
     started = await start()
     before = dict(started.fleet.maps)
-    (folder.root / "maps.yaml").write_text(text)
+    path = folder.root / "maps.yaml"
+    path.unlink() if text is None else path.write_text(text)
     with structlog.testing.capture_logs() as lines:
         await started.fleet.look(started.runner)
         await started.fleet.look(started.runner)
 
     assert started.fleet.maps == before
     assert [line["event"] for line in lines] == ["maps.refused"]
-    assert lines[0]["why"][0].startswith("maps.yaml: ")
+    assert lines[0]["why"][0].startswith("RADQUEUE_MAPS_FILE: " if text is None else "maps.yaml: ")
     assert await refused_tables(started) == 1
 
 
@@ -332,6 +339,36 @@ async def test_a_map_that_is_added_or_removed_is_followed(worker, start, folder)
     assert (event.data.map, event.data.previous_digest) == ("other", None)
     with pytest.raises(Unavailable, match="replaced"):
         await started.runner.run("m", Study.make(folder.root / "study"))
+
+
+async def test_a_map_that_comes_later_is_given_room_on_the_gpu_before_it_is_tried(start, folder, monkeypatch):
+    """It waits while another worker has the memory; what serves goes on, and what is removed gives its share back."""
+    monkeypatch.setattr(gpus, "installed", lambda: [Gpu("0", "GPU-a", 16_000 * MIB)])
+    for name, mib in (("fits", 6_000), ("large", 90_000)):
+        (folder.root / name).mkdir()
+        (folder.root / name / "app.py").write_text(GOOD + f"# {name}\n")
+        (folder.root / name / "app.yaml").write_text(f"resources: {{gpu: 1, gpuMemory: {mib}Mi}}\n")
+    other = Share(folder.root / "gpus", ())
+    assert other.cover([Needs(gpu=1, gpu_memory_bytes=12_000 * MIB)])
+    started = await start()
+    folder.write(*(folder.table | {"name": name, "source": name} for name in ("fits", "large")))
+    with structlog.testing.capture_logs() as lines:
+        await started.fleet.look(started.runner)
+    why = {line["map"]: line["why"][0] for line in lines if line["event"] == "map.source_failed"}
+    before = set(started.fleet.maps), started.fleet.gpus.devices
+    other.close()
+    await started.fleet.look(started.runner)
+    after = set(started.fleet.maps), started.fleet.gpus.devices
+
+    assert before == ({"m"}, ())
+    assert after == ({"m", "fits"}, ("GPU-a",))
+    assert "no room" in why["fits"]
+    assert "the MAPs ask for 1 GPUs with 90000 MiB" in why["large"]
+    assert not other.cover([Needs(gpu=1, gpu_memory_bytes=12_000 * MIB)])
+    folder.write()
+    await started.fleet.look(started.runner, sources=False)
+    assert other.cover([Needs(gpu=1, gpu_memory_bytes=12_000 * MIB)])
+    other.close()
 
 
 async def test_a_map_that_is_put_back_serves_again(start, folder):
@@ -356,6 +393,9 @@ class TryingRunner:
 
     def __init__(self):
         self.tried, self.installed, self.ends, self.good = [], [], [], True
+
+    def use(self, gpus):
+        assert gpus == ()
 
     async def start(self, name):
         return "cpu"
