@@ -1,8 +1,8 @@
 """What the command line knows of AWS: a synchronous client of the bucket, the queues and HealthImaging, like any other.
 
 IAM: s3:ListBucket, s3:GetObject and s3:PutObject (on `incoming/*`) on the bucket; sqs:GetQueueUrl and
-sqs:GetQueueAttributes on the queues and their dead-letter queues, sqs:SendMessage on the training and reporting queues;
-medical-imaging:GetImageSet on the data store.
+sqs:GetQueueAttributes on the queues and their dead-letter queues, sqs:SendMessage on the inference, training and
+reporting queues; medical-imaging:GetImageSet on the data store.
 """
 
 import json

@@ -104,7 +104,7 @@ class Demo:
         if self.failures:
             return "Not everything ran as it should."
         if self.training is not None and self.training.completion is None:
-            return f"The images ran as they should; they cannot be trained on: {self.training.why}."
+            return f"The images ran as they should; they cannot be trained on: {self.training.why}"
         return "Both journeys ran as they should."
 
     def summary(self) -> dict[str, Any]:

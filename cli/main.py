@@ -20,10 +20,14 @@ from typer.core import TyperGroup
 
 from cli import ingest_check, maps, orders, quarantine, show
 from cli.client import QUEUES, Client, Refused, WrongUsage
-from cli.up import ROOT, SERVICES, Stack, StackFailed, read_env
+from cli.generate import Format, opened
+from cli.generate import generate as generated
+from cli.up import ROOT, SERVICES, Stack, StackFailed, StackMisconfigured, read_env
+from services.inference.reasons import several
 from shared.config import Misconfigured
 
 EXIT_FAILED, EXIT_USAGE, EXIT_SIGNAL = 1, 2, 128
+MAX_SEED = 2**63 - 1
 EXIT_CODES = (
     "Exit codes: 0 done; 1 it could not be had, and the text says why (also: one file of many was refused, a MAP "
     "failed, a training was not approved); 2 wrong usage or settings; 130 and 143 ended by a signal."
@@ -36,12 +40,14 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except WrongUsage as error:
+        except (WrongUsage, Misconfigured, StackMisconfigured) as error:
             _end(str(error), EXIT_USAGE)
         except (Refused, StackFailed) as error:
             _end(str(error), EXIT_FAILED)
-        except Misconfigured as error:
-            _end(str(error), EXIT_USAGE)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _end(f"{error.filename}: {error.strerror}", EXIT_FAILED)
 
 
 def _end(why: str, code: int) -> Never:
@@ -160,8 +166,10 @@ def upload(
         show.json(told_by_upload)
     elif wait:
         show.journey(followed)
-        if studies := sorted({series.study_uid for series in followed.series if series.stage == "pushed"}):
-            show.say("To fetch the results:")
+        ended = {series.study_uid: series.stage for series in followed.series if series.stage in {"pushed", "failed"}}
+        if studies := sorted(ended):
+            logs = ", and the logs of what failed" if "failed" in ended.values() else ""
+            show.say(f"To fetch the results{logs}:")
             show.paths(f"radqueue results {study} --out ./out" for study in studies)
     else:
         show.say(f"uploaded {len(found)} files to dataset {dataset}; `radqueue status` shows what becomes of them")
@@ -177,16 +185,49 @@ def results(
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     json: Json = False,
 ) -> None:
-    """Fetch what the MAPs made of a study: the newest outputs on each of its series."""
+    """Fetch what the MAPs made of a study: the newest outputs on each of its series, or why there are none."""
     found = orders.fetch_results(Client(context.obj), study, out)
+    failed = [result for result in found if result["outcome"] == "failed"]
     if json:
         show.json(found)
-        return
-    for result in found:
-        noticed = f", warnings: {', '.join(result['warnings'])}" if result["warnings"] else ""
-        show.say(f"{result['map']}: {result['outcome']}, {len(result['files'])} files{noticed}")
-        show.paths(result["files"])
-    show.warnings(code for result in found for code in result["warnings"])
+    else:
+        for result in found:
+            noticed = f", warnings: {', '.join(result['warnings'])}" if result["warnings"] else ""
+            show.say(f"{result['map']}: {result['outcome']}, {several(len(result['files']), 'file')}{noticed}")
+            show.paths(result["files"])
+        show.warnings(code for result in found for code in result["warnings"])
+        show.failures(failed)
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def retry(
+    context: typer.Context,
+    *,
+    study: Annotated[str, typer.Argument(help="Its StudyInstanceUID.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for what comes of it.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 3600,
+    json: Json = False,
+) -> None:
+    """Run what failed of a study again, by the versions of the MAPs that serve now; what came to a result stays."""
+    client = Client(context.obj)
+    failed = orders.retry(client, study)
+    came = orders.wait_retried(client, study, failed, timeout) if wait else []
+    again = [one for one in came if one["outcome"] == "failed"]
+    if json:
+        asked = [{"series": series, "map": name} for series, name in failed]
+        show.json({"asked": asked, "results": came})
+    else:
+        for series, name in failed:
+            show.say(f"asked for {name} again on {series}")
+        for one in came:
+            show.say(f"{one['map']}: {one['outcome']}")
+        show.failures(again)
+        show.say("To fetch what comes of it:")
+        show.paths([f"radqueue results {study} --out ./out"])
+    if again:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -194,11 +235,25 @@ def train(
     context: typer.Context,
     *,
     dataset: Annotated[str, typer.Option(help="Which images to learn from.")],
-    threshold: Annotated[float | None, typer.Option(help="Approved at or below this relative distance.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Approved at or below this relative distance, 2 without it, or --metric.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Of the threshold: relative_fd, distance (FD, or FID) or kid.")
+    ] = None,
+    min_coverage: Annotated[
+        float | None, typer.Option(help="Approved only with this share of the coverage of other real images.")
+    ] = None,
     max_rounds: Annotated[int | None, typer.Option(help="Give up after so many rounds.")] = None,
     images: Annotated[int | None, typer.Option(help="How many images to generate.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="A parameter of config.js to start with, as name=value.")
+    ] = None,
+    data_uri: Annotated[
+        str | None, typer.Option(help="Where the arrays lie, if not in the bucket: s3://… or gs://bucket/folder.")
+    ] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="A class and the dataset that has its images, as name=dataset.")
     ] = None,
     request_id: Annotated[str | None, typer.Option(help="The same id again is the same training, resumed.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for its end.")] = False,
@@ -218,9 +273,16 @@ def train(
         max_rounds=max_rounds,
         n_images=images,
         overrides=dict(map(orders.parse_override, overrides or [])),
+        data_uri=data_uri,
+        classes=orders.parse_classes(classes or []),
+        metric=metric,
+        min_coverage=min_coverage,
     )
     client = Client(context.obj)
-    orders.require_data(client, request.dataset)
+    orders.require_same(client, request)
+    orders.require_data(client, request)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is better told now than after hours
     training = orders.Training(client, request)
     orders.send_training(client, request)
     if not wait:
@@ -236,6 +298,35 @@ def train(
         show.training(training)
         show.paths(places)
     raise typer.Exit(0 if training.approved else EXIT_FAILED)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    *,
+    model: Annotated[str, typer.Argument(help="The id of a training's request, or a folder that train --out wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    n: Annotated[int, typer.Option("--n", min=1, max=10_000, help="How many images.")] = 16,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=MAX_SEED, help="Of the noise; without it, that of the training's own images."),
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="A PNG or DICOM file per image, or one array.")] = Format.PNG,
+    class_name: Annotated[str | None, typer.Option("--class", help="Only images of this class.")] = None,
+    json: Json = False,
+) -> None:
+    """Make images of a finished model, on this machine."""
+    with (
+        opened(model, context.obj) as folder,
+        show.count_progress(2 * n, f"{n} images: generated, written") as told,
+    ):
+        made = generated(folder, out, n=n, seed=seed, form=form, class_name=class_name, told=told)
+    if json:
+        show.json(made)
+        return
+    if not made["approved"]:
+        show.progress("this model was not approved: read its card.md before you use the images")
+    show.say(f"{n} images of {made['model']}, seed {made['seed']}: {out}")
 
 
 @app.command()

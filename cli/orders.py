@@ -4,39 +4,49 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from cli.client import Client, Refused, WrongUsage, now
+from cli.journey import outcome_of
+from services.inference.records import result_prefix
 from services.trainer import config
 from services.trainer.jsconfig import read_config
+from services.trainer.reasons import explained
 from shared.dicom import is_uid
-from shared.messages import Name, ReportRequest, ReportRequested, TrainingRequest, TrainingRequested
+from shared.messages import (
+    EVENT_NAMESPACE,
+    InferenceRequested,
+    InferenceTask,
+    Name,
+    ReportRequest,
+    ReportRequested,
+    TrainingRequest,
+    TrainingRequested,
+)
 
 POLL_S = 1.0
+TENTHS = 10
+METRICS = {"relative_fd": "relative distance", "distance": "distance", "kid": "KID"}
 Found = TypeVar("Found")
 Value = int | float | str | bool
 NAME: TypeAdapter[str] = TypeAdapter(Name)
 CONFIG = Path(config.__file__).with_name("config.js")
-RESULT = re.compile(r"results/[^/]+/(?P<series>[^/]+)/[^/]+/[^/@]+@[^/]+/result\.json")
+RESULT = re.compile(r"results/[^/]+/(?P<series>[^/]+)/[^/]+/[^/@]+@[^/]+/(result|failure)\.json")
 OF_MODEL = re.compile(
-    r"(config|first_config)\.js|completed\.json|generator\.\w+|images\.\w+"
+    r"(config|first_config)\.js|(completed|manifest|medigan)\.json|generator\.\w+|card\.md|(curves|interpolation)\.png"
+    r"|images\.(\w+\.)?\w+|tensorboard/[\w.]+"
     r"|rounds/\d+/(evaluation\.json|(config|images)\.\d+\.\w+)"
 )
 """What is fetched of a training: checkpoints and the trainer's own notes are left out."""
-WHY_NOT = {
-    "no_data": "the dataset has no images",
-    "too_little_data": "found {n_training} images to train on and {n_held_out} of other patients to judge by, needs "
-    "{min_images} of each: upload more patients to the dataset",
-    "images_too_small": "the images are smaller than imageSize",
-}
 
 
 def name(text: str) -> str:
-    """Return a dataset's name. Raises `Refused` where it is none."""
+    """Return a name of a dataset, a class or a request. Raises `WrongUsage` where it is none."""
     try:
         return NAME.validate_python(text)
     except ValidationError:
@@ -49,36 +59,91 @@ def name(text: str) -> str:
 def fetch_results(client: Client, study_uid: str, out: Path) -> list[dict[str, Any]]:
     """Write the newest outputs of every MAP on every series of a study into `out/<series>/<map>/`.
 
+    Of a MAP that failed since, that is `failure.json`, and `log.txt` with what it printed.
+
     Returns:
-        What each result.json says, with `files`, the paths written, and `warnings` of the series.
+        What each result.json says, or failure.json as `journey.outcome_of` has it, with `files`, the paths written, and
+        `warnings` of the series.
+
+    Raises:
+        Refused: the study has no results.
+    """
+    found = []
+    for (series, name), result in newest_results(client, study_uid).items():
+        folder = out / series / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if result["outcome"] == "failed":
+            files = [folder / "failure.json", *_download_log(client, result["log_key"], folder)]
+            files[0].write_text(json.dumps(result, indent=1))
+        else:
+            files = list(_download(client, result["outputs"], folder))
+            files += _download_files(client, result.get("files", []), folder)
+            (folder / "result.json").write_text(json.dumps(result, indent=1))
+        warnings = _revision(client, result).get("warnings", [])
+        found.append(result | {"files": [str(path) for path in files], "warnings": warnings})
+    return found
+
+
+def newest_results(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return what came last of each MAP on each series of a study, by series (or `study`) and MAP.
 
     Raises:
         Refused: the study has no results.
     """
     if not is_uid(study_uid):
         raise WrongUsage(f"{study_uid} is no StudyInstanceUID")
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
-    for series, result in sorted(_results(client, study_uid), key=lambda found: _age(client, found[1])):
-        newest[series, result["map"]] = result
+    newest = _newest(client, study_uid)
     if not newest:
         known = "has no results yet" if client.stored(f"studies/{study_uid}/", at_most=1) else "is not known"
         raise Refused(f"study {study_uid} {known}")
-    found = []
-    for (series, name), result in newest.items():
-        folder = out / series / name
-        files = list(_download(client, result["outputs"], folder))
-        files += _download_files(client, result.get("files", []), folder)
-        (folder / "result.json").write_text(json.dumps(result, indent=1))
-        warnings = _revision(client, result).get("warnings", [])
-        found.append(result | {"files": [str(path) for path in files], "warnings": warnings})
-    return found
+    return newest
+
+
+def _newest(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any]]:
+    found = sorted(_results(client, study_uid), key=lambda one: _age(client, one[1]))
+    return {(series, result["map"]): result for series, result in found}
+
+
+def retry(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Ask again for what failed of a study, where nothing came after it, and return those failures.
+
+    The request that failed would only be answered by its failure, so this is another event. It is made of the failed
+    attempt: asked for several times, the MAP runs once.
+
+    Raises:
+        Refused: nothing of the study failed.
+    """
+    failed = {one: told for one, told in newest_results(client, study_uid).items() if told["outcome"] == "failed"}
+    if not failed:
+        raise Refused(f"nothing of study {study_uid} failed")
+    for failure in failed.values():
+        task = InferenceTask.model_validate({name: failure[name] for name in InferenceTask.model_fields})
+        event = InferenceRequested.of(result_prefix(task), task, time=now())
+        client.send(event.model_copy(update={"id": str(uuid.uuid5(EVENT_NAMESPACE, f"retry {failure['attempt']}"))}))
+    return failed
+
+
+def wait_retried(
+    client: Client, study_uid: str, failed: Mapping[tuple[str, str], dict[str, Any]], timeout_s: float
+) -> list[dict[str, Any]]:
+    """Wait until something came after each of these failures, and return that. Raises `Refused` when time is up."""
+
+    def came() -> list[dict[str, Any]] | None:
+        newest = _newest(client, study_uid)  # a failure is not there while its MAP runs again
+        found = [newest[one] for one, told in failed.items() if one in newest and newest[one]["time"] > told["time"]]
+        return found if len(found) == len(failed) else None
+
+    return until(came, timeout_s, "it goes on; `radqueue results` tells what comes of it")
 
 
 def _results(client: Client, study_uid: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the part of the key that names the series, and the result."""
-    for stored in client.stored(f"results/{study_uid}/"):
-        if (match := RESULT.fullmatch(stored.key)) is not None:
-            yield match["series"], json.loads(client.get(stored.key) or b"{}")
+    """Yield the part of the key that names the series, and the result or the failure."""
+    found = {stored.key: RESULT.fullmatch(stored.key) for stored in client.stored(f"results/{study_uid}/")}
+    for key, match in found.items():
+        # A failure may stay behind when another request succeeds.
+        mended = key.endswith("/failure.json") and key.replace("/failure.json", "/result.json") in found
+        if match is not None and not mended and (told := outcome_of(client, key)):
+            yield match["series"], told
 
 
 def _age(client: Client, result: dict[str, Any]) -> tuple[str, str]:
@@ -90,8 +155,13 @@ def _revision(client: Client, result: dict[str, Any]) -> dict[str, Any]:
     return client.get_json(result["inputs"][0]["revision_key"]) or {}
 
 
+def _download_log(client: Client, key: str | None, folder: Path) -> Iterator[Path]:
+    if key is not None:
+        client.download(key, folder / "log.txt")
+        yield folder / "log.txt"
+
+
 def _download(client: Client, outputs: Sequence[dict[str, Any]], folder: Path) -> Iterator[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     for output in outputs:
         path = folder / f"{Path(output['sop_instance_uid']).name}.dcm"
         client.download(output["key"], path)
@@ -117,16 +187,27 @@ def training_request(
     max_rounds: int | None = None,
     n_images: int | None = None,
     overrides: dict[str, Value] | None = None,
+    data_uri: str | None = None,
+    classes: dict[str, str] | None = None,
+    metric: str | None = None,
+    min_coverage: float | None = None,
 ) -> TrainingRequest:
     """Make a request; what is None is left to the contract's defaults.
 
     Raises:
         WrongUsage: a value is not allowed.
     """
+    for named in (dataset, request_id, *(classes or {}), *(classes or {}).values()):
+        if named is not None:
+            name(named)
+    if metric not in {None, "relative_fd"} and threshold is None:
+        raise WrongUsage(f"--metric {metric} needs --threshold: without one, it is that of relative_fd")
     if overrides:
         _check_overrides(overrides)
     identity = request_id or f"{dataset}-{now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    asked = {"threshold": threshold, "max_rounds": max_rounds, "n_images": n_images, "overrides": overrides}
+    asked: dict[str, object] = {"threshold": threshold, "max_rounds": max_rounds, "n_images": n_images}
+    asked |= {"overrides": overrides, "data_uri": data_uri, "classes": classes}
+    asked |= {"metric": metric, "min_coverage": min_coverage}
     given = {name: value for name, value in asked.items() if value is not None}
     try:
         return TrainingRequest.model_validate({"request_id": identity, "dataset": dataset, **given})
@@ -142,8 +223,7 @@ def _check_overrides(overrides: dict[str, Value]) -> None:
         config.TrainingConfig.of(shipped | overrides)
     except config.InvalidConfig as error:
         known = ", ".join(f"{name}={value}" for name, value in shipped.items())
-        why = str(error).replace("extra_forbidden", "unknown")
-        raise WrongUsage(f"--set {why}. The parameters and their defaults: {known}") from None
+        raise WrongUsage(f"--set {error}. The parameters and their defaults: {known}") from None
 
 
 def parse_override(text: str) -> tuple[str, Value]:
@@ -158,10 +238,37 @@ def parse_override(text: str) -> tuple[str, Value]:
     return name, parsed if isinstance(parsed, int | float | bool | str) else value
 
 
-def require_data(client: Client, dataset: str) -> None:
-    """Make sure that there is something to train on. Raises `Refused`."""
-    if not client.stored(f"datasets/{dataset}/", at_most=1):
-        raise Refused(f"there is no training data in the dataset {dataset}: upload images to it first")
+def parse_classes(texts: Iterable[str]) -> dict[str, str]:
+    """Read `name=dataset`, or a name alone, which is both. Raises `WrongUsage` where a class is given twice."""
+    classes: dict[str, str] = {}
+    for text in texts:
+        name, _, dataset = text.partition("=")
+        if name in classes:
+            raise WrongUsage(f"--class {name} is given twice; a class has one dataset")
+        classes[name] = dataset or name
+    return classes
+
+
+def require_data(client: Client, request: TrainingRequest) -> None:
+    """Make sure that there is something to train on, where this machine can tell. Raises `Refused`."""
+    if request.data_uri is not None:
+        return
+    for dataset in request.classes.values() or [request.dataset]:
+        if not client.stored(f"datasets/{dataset}/", at_most=1):
+            raise Refused(f"there is no training data in the dataset {dataset}: upload images to it first")
+
+
+def require_same(client: Client, request: TrainingRequest) -> None:
+    """Make sure that an id which was used before was this very request's. Raises `Refused`."""
+    taken = client.get_json(f"models/{request.request_id}/options.json")
+    if taken is None:
+        return
+    asked, before = request.model_dump(mode="json"), taken["request"]
+    if differing := [name for name, value in asked.items() if name in before and before[name] != value]:
+        raise Refused(
+            f"the request {request.request_id} was made before, with another {', '.join(differing)}: ask as before to "
+            "go on with it, or with another --request-id for a new training"
+        )
 
 
 def send_training(client: Client, request: TrainingRequest) -> None:
@@ -177,16 +284,25 @@ class Training:
         self._client = client
         self._folder = f"models/{request.request_id}"
         self._earlier_failure = client.get_json(f"{self._folder}/failure.json")
-        self.request_id, self.threshold = request.request_id, request.threshold
+        self.request, self.request_id = request, request.request_id
         self.state = "requested"
         """requested, training, approved, rounds used up, failed"""
         self.rounds: list[dict[str, Any]] = []
         """What each round's evaluation.json tells, and `rule`: why it had the parameters that it had."""
+        self.progress: dict[str, Any] | None = None
+        """What progress.json tells of the round that runs: round, step, of_steps, images_seen, losses, time."""
+        self.noted: dict[tuple[int, int], dict[str, Any]] = {}
+        """The first progress that was seen in each tenth of a round."""
         self.completion: dict[str, Any] | None = None
         self.reason_code: str | None = None
         """Why it failed."""
         self.why = ""
         """The same for people, with what to do."""
+
+    @property
+    def goal(self) -> str:
+        """What approves a model."""
+        return f"to be approved at a {METRICS[self.request.metric]} of {self.request.threshold:g}"
 
     @property
     def ended(self) -> bool:
@@ -209,17 +325,27 @@ class Training:
         """Bring everything up to date."""
         while (done := self._client.get_json(self._round_key(len(self.rounds) + 1))) is not None:
             self.rounds.append(done["told"] | {"rule": done["rule"]})
+        self._look_into_the_round()
         if (completed := self._client.get_json(f"{self._folder}/completed.json")) is not None:
             self.completion = completed["told"]
             self.state = "approved" if self.approved else "rounds used up"
+            self.why = "" if self.approved else why_not(self.completion["evaluation"], self.request)
             return
         failed = self._client.get_json(f"{self._folder}/failure.json")
         if failed is not None and failed != self._earlier_failure:
             code = self.reason_code = failed["told"]["reason_code"]
             self.state = f"failed: {code}"
-            self.why = WHY_NOT.get(code, code).format(**failed["numbers"])
+            self.why = explained(code, failed["numbers"])
         elif self.rounds or self._client.exists(f"{self._folder}/options.json"):
             self.state = "training"
+
+    def _look_into_the_round(self) -> None:
+        told = self._client.get_json(f"{self._folder}/progress.json")
+        if told is None or told["round"] <= len(self.rounds):  # of a round that ended
+            self.progress = None
+            return
+        self.progress = told
+        self.noted.setdefault((told["round"], TENTHS * told["step"] // max(1, told["of_steps"])), told)
 
     def wait(self, timeout_s: float, seen: Callable[["Training"], None] = lambda _: None) -> None:
         """Look until it ended; `seen` is called after each look. Raises `Refused` when time is up."""
@@ -259,15 +385,32 @@ class Training:
                     "rule": done["rule"],
                     "approved": done["approved"],
                     "duration_s": done["duration_s"],
+                    "why_not": "" if done["approved"] else why_not(done["evaluation"], self.request),
                     **done["evaluation"],
                 }
                 for done in self.rounds
             ],
+            "progress": None if self.ended else self.progress,
             "keys": self.keys,
         }
 
     def _round_key(self, number: int) -> str:
         return f"{self._folder}/rounds/{number}/evaluation.json"
+
+
+def why_not(evaluation: dict[str, Any], request: TrainingRequest) -> str:
+    """Say why a model was not approved."""
+    made, real = evaluation.get("quality") or {}, evaluation.get("real_quality") or {}
+    value = made.get("kid", float("inf")) if request.metric == "kid" else evaluation[request.metric]
+    reasons = []
+    if (evaluation.get("memorisation") or {}).get("flagged"):
+        reasons.append("its images are copies of images that it was trained on")
+    if value > request.threshold:
+        reasons.append(f"its {METRICS[request.metric]} {value:.3g} is above {request.threshold:g}")
+    if made and real and made["coverage"] < request.min_coverage * real["coverage"]:
+        share = f"{request.min_coverage:g} of the {real['coverage']:.2f} of other real images"
+        reasons.append(f"its coverage {made['coverage']:.2f} is below {share}")
+    return " and ".join(reasons)
 
 
 # Reports.

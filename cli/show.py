@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from services.ingest.reasons import REASONS, WARNINGS
@@ -60,7 +62,7 @@ def status(found: dict[str, Any]) -> None:
     """Print what `radqueue status` found."""
     out.print(queues_table(found["queues"]))
     for title, rows in found["recent"].items():
-        out.print(recent_table(title, rows) if rows else f"No {title} lately.")
+        out.print(recent_table(title, rows) if rows else f"No {title} among the newest events.")
 
 
 def queues_table(counts: dict[str, dict[str, int]]) -> Table:
@@ -101,6 +103,18 @@ def bytes_progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda went: bar.advance(task, went)
+
+
+@contextmanager
+def count_progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Show a bar of things while the body runs, which tells how many more were done; nothing without a terminal."""
+    if not err.is_terminal:
+        yield lambda _: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda more: bar.advance(task, more)
 
 
 @contextmanager
@@ -146,6 +160,7 @@ def journey(followed: "Journey") -> None:
     if followed.series:
         out.print(journey_table(followed))
         warnings(code for series in followed.series for code in series.warnings)
+        failures(one for series in followed.series for one in series.maps.values() if one["outcome"] == "failed")
     together: dict[str, dict[str, None]] = defaultdict(dict)
     for rejection in followed.all_rejections:
         at = f" (at {rejection.place})" if rejection.place else ""
@@ -165,6 +180,19 @@ def warnings(codes: Iterable[str]) -> None:
         out.print(f"[yellow]warning[/]: {code}: {escape(WARNINGS.get(code, ''))}")
 
 
+def failures(found: Iterable[dict[str, Any]]) -> None:
+    """Print why MAPs failed, where, what to do and where the logs are, equal failures together."""
+    together: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for one in found:
+        place = " ".join(filter(None, (one.get("error_type"), one.get("where"))))
+        together[one["map"], one["reason_code"], place].append(one)
+    for (name, code, place), alike in together.items():
+        at = f" ({place})" if place else ""
+        out.print(f"[bold red]failed[/]: {escape(f'{name}: {code}{at}')}: {escape(alike[0]['why'])}.")
+        say(f"  {alike[0]['remedy']}")
+        paths(f"log: {log}" for log in dict.fromkeys(one["log"] for one in alike) if log)
+
+
 def _stage(series: "Series") -> str:
     return LABELS.get(series.stage, series.stage)
 
@@ -178,32 +206,72 @@ def _reached(series: "Series") -> float:
 
 
 def _outcomes(series: "Series") -> str:
-    return ", ".join(f"{name} {result.get('outcome', 'failed')}" for name, result in series.maps.items())
+    return ", ".join(f"{name} {result.get('reason_code', result['outcome'])}" for name, result in series.maps.items())
 
 
-def training_table(training: "Training") -> Table:
-    """Show the rounds of a training."""
-    goal = f"to be approved at a relative distance of {training.threshold:g}"
-    title = f"Training {training.request_id}, {goal}: {training.state}"
-    table = Table("round", "steps", title=escape(title), title_justify="left")
-    for column in ("distance", "floor", "relative", "seconds"):
+def training_table(training: "Training") -> RenderableType:
+    """Show the rounds of a training, and how far the one that runs is."""
+    title = f"Training {training.request_id}, {training.goal}: {training.state}"
+    table = Table("round", "rule", "steps", title=escape(title), title_justify="left")
+    for column in ("distance", "floor", "relative", "coverage", "copies", "seconds"):
         table.add_column(column, justify="right")
+    table.add_column("warnings")
     for done in training.rounds:
         found = done["evaluation"]
         relative = f"[{'green' if done['approved'] else 'default'}]{found['relative_fd']:.2f}[/]"
-        numbers = f"{found['distance']:.2f}", f"{found['floor']:.2f}", relative, f"{done['duration_s']:.1f}"
-        table.add_row(str(done["round"]), str(done["steps"]), *numbers)
-    return table
+        numbers = f"{found['distance']:.2f}", f"{found['floor']:.2f}", relative, _coverage(found), _copies(found)
+        noticed = ", ".join(found.get("warnings") or [])
+        table.add_row(
+            str(done["round"]), done["rule"], str(done["steps"]), *numbers, f"{done['duration_s']:.1f}", noticed
+        )
+    if training.ended or training.progress is None:
+        return table
+    told = training.progress
+    bar = ProgressBar(total=told["of_steps"], completed=told["step"], width=40)
+    return Group(table, Columns([bar, escape(_progress(told))]))
+
+
+def _coverage(found: dict[str, Any]) -> str:
+    """Tell which share of real images the generated ones cover, and, behind it, how much other real images do."""
+    if not found.get("quality"):
+        return ""
+    real = found.get("real_quality")
+    return f"{found['quality']['coverage']:.2f}" + (f" of {real['coverage']:.2f}" if real else "")
+
+
+def _copies(found: dict[str, Any]) -> str:
+    tested = found.get("memorisation")
+    if not tested:
+        return "not tested"
+    return "[bold red]found[/]" if tested["flagged"] else "none"
+
+
+def _progress(told: dict[str, Any]) -> str:
+    losses = f"losses {told['generator_loss']:.2f} (generator), {told['discriminator_loss']:.2f} (discriminator)"
+    steps = f"step {told['step']} of {told['of_steps']}, {told['images_seen']} images seen"
+    return f"round {told['round']}: {steps}, {losses}"
 
 
 def training_lines(training: "Training") -> list[str]:
-    """Tell each round and the state."""
+    """Tell each tenth of a round, each round and the state."""
     lines = []
-    for done in training.rounds:
-        found = done["evaluation"]
-        distance = f"{found['metric']} {found['distance']:.2f}, relative {found['relative_fd']:.2f}"
-        lines.append(f"round {done['round']}: {distance}, {done['duration_s']:.1f} s")
+    ended = {done["round"]: done for done in training.rounds}
+    for number in sorted({*ended, *(number for number, _ in training.noted)}):
+        lines += [_progress(told) for (of, _), told in training.noted.items() if of == number]
+        if (done := ended.get(number)) is not None:
+            lines.append(_round_line(done))
     return [*lines, f"training {training.request_id}: {training.state}"]
+
+
+def _round_line(done: dict[str, Any]) -> str:
+    found = done["evaluation"]
+    told = [f"{found['metric']} {found['distance']:.2f}", f"relative {found['relative_fd']:.2f}"]
+    if covered := _coverage(found):
+        told.append(f"coverage {covered}")
+    if (found.get("memorisation") or {}).get("flagged"):
+        told.append("copies found")
+    noticed = f", warnings: {', '.join(found['warnings'])}" if found.get("warnings") else ""
+    return f"round {done['round']} ({done['rule']}): {', '.join(told)}, {done['duration_s']:.1f} s{noticed}"
 
 
 def training(ended: "Training") -> None:
@@ -211,9 +279,10 @@ def training(ended: "Training") -> None:
     if ended.rounds:
         out.print(training_table(ended))
     if ended.reason_code:
-        say(f"The training {ended.request_id} failed: {ended.why}.")
+        say(f"The training {ended.request_id} failed: {ended.why}")
     elif ended.completion and not ended.approved:
-        say(f"The training {ended.request_id} was not approved: its rounds are used up. The best one's model is kept.")
+        why = f" and {ended.why}" if ended.why else ""
+        say(f"The training {ended.request_id} was not approved: its rounds are used up{why}. The best model is kept.")
 
 
 def demo_table(

@@ -4,7 +4,7 @@ A client needs nothing but the standard variables: `AWS_REGION`, credentials, an
 machine.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,8 @@ class Aws:
     endpoint_url: str | None
     """None on AWS itself."""
     session: AioSession
+    client: Callable[[str], Awaitable[Any]]
+    """Opens the client of another service, by its name; it is closed with these."""
 
     async def credentials(self) -> ReadOnlyCredentials:
         """Return the credentials that are valid now; temporary ones change, so ask before each request."""
@@ -87,4 +89,5 @@ async def connect(environ: Mapping[str, str]) -> AsyncIterator[Aws]:
             region=region,
             endpoint_url=endpoint_url,
             session=session,
+            client=client,
         )

@@ -315,20 +315,7 @@ def serve(function: Callable[[Json, Progress], Any]) -> None:
     Returns when standard input closes. Exceptions are answered by type and place, never by text, which may name a
     patient.
     """
-    limits = json.loads(os.environ.get("RADQUEUE_CHILD", "{}"))
-    die_with_parent()
-    # Some supervisors signal every process of a service at a stop; when the child ends is its parent's to decide.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    if limits.get("memory_bytes"):
-        resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
-    if limits.get("processes"):
-        most = _tasks_of(os.getuid()) + limits["processes"]
-        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
-    # Libraries warn with the values they stumble over; nothing of that may reach a log.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-
+    limits = become_child()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -345,6 +332,24 @@ def serve(function: Callable[[Json, Progress], Any]) -> None:
         except BaseException as error:  # noqa: BLE001 - whatever it was, the parent must hear of it
             traceback.print_exc()
             write({"error": _error_json(error)})
+
+
+def become_child() -> Json:
+    """Take over the limits that the parent set, and end with it; returns the limits."""
+    limits: Json = json.loads(os.environ.get("RADQUEUE_CHILD", "{}"))
+    die_with_parent()
+    # Some supervisors signal every process of a service at a stop; when the child ends is its parent's to decide.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if limits.get("memory_bytes"):
+        resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
+    if limits.get("processes"):
+        most = _tasks_of(os.getuid()) + limits["processes"]
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+    # Libraries warn with the values they stumble over; nothing of that may reach a log.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    return limits
 
 
 def _tasks_of(uid: int) -> int:

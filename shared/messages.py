@@ -229,10 +229,20 @@ class TrainingRequest(_Frozen):
 
     request_id: Name
     dataset: Name
+    data_uri: str | None = Field(default=None, max_length=1024, pattern=r"^[a-z][a-z0-9]*://[^\s?#]+$")
+    """Where its arrays and their sidecars lie, if not under `datasets/` in the bucket: `gs://bucket/folder`, `s3://…`."""
+    classes: dict[Name, Name] = Field(default={}, max_length=100)
+    """By the name of each class the dataset that has its images; with `data_uri`, the folder there."""
     overrides: dict[str, int | float | str | bool] = {}
     """Parameters of config.js to start with."""
     threshold: float = Field(default=2.0, gt=0)
-    """Approved when relative_fd is at or below it."""
+    """Approved when the metric is at or below it."""
+    metric: Literal["relative_fd", "distance", "kid"] = "relative_fd"
+    """Of the evaluation; `distance` is the FID where the trainer compares by the Inception network."""
+    min_coverage: float = Field(default=0.5, ge=0, le=1)
+    """Share of the coverage of other real images, below which no model is approved."""
+    strategy: Literal["rules", "optuna"] = "rules"
+    """How the parameters of a further round are chosen: by rules, or by Optuna's search where the trainer has it."""
     max_rounds: int = Field(default=5, ge=1, le=100)
     n_images: int = Field(default=16, ge=1, le=10_000)
 
@@ -298,6 +308,8 @@ class TrainingRound(_Frozen):
     dataset: Name
     round: int
     steps: int
+    rule: str = ""
+    """Why its parameters were chosen, see services/trainer/policy.py."""
     evaluation: Evaluation
     approved: bool
     config: dict[str, int | float | str | bool]
@@ -326,6 +338,8 @@ class FailedTraining(_Frozen):
     request_id: Name
     dataset: Name
     reason_code: str
+    numbers: dict[str, int] = {}
+    """What explains the reason, such as `n_training`, `n_held_out` and `min_images` of `too_little_data`."""
 
 
 class ReportRequest(_Frozen):

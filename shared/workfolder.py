@@ -16,13 +16,13 @@ def own_folder(work_dir: Path) -> Iterator[Path]:
     A process holds a lock on its folder, which the kernel releases however the process ends.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(work_dir):  # so that nobody takes the new folder for that of a dead process
+    with locked(work_dir):  # so that nobody takes the new folder for that of a dead process
         for folder in work_dir.glob("process-*"):
-            with suppress(BlockingIOError), _locked(folder, wait=False):
+            with suppress(BlockingIOError), locked(folder, wait=False):
                 shutil.rmtree(folder, ignore_errors=True)
         own = Path(tempfile.mkdtemp(prefix="process-", dir=work_dir))
         lock = ExitStack()
-        lock.enter_context(_locked(own))
+        lock.enter_context(locked(own))
     with lock:
         try:
             yield own
@@ -45,11 +45,16 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the folder's lock. Raises `BlockingIOError` if another process has it and `wait` is not set."""
+def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold the folder's lock, alone or `shared`, until the block ends or the process does.
+
+    Raises:
+        BlockingIOError: somebody else holds it, and `wait` is not set.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)

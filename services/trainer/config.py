@@ -6,6 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.alias_generators import to_camel
 
 Value = int | float | str | bool
+MAX_AUGMENTATION = 0.8
+"""Probability of a random change of an image; with more, changed images may be taken for what is to be made."""
+
+
+WHAT = {"missing": "missing", "extra_forbidden": "unknown parameter"}
+"""What is told of a parameter, by pydantic's error; of any other, pydantic's own words, which hold no value."""
 
 
 class InvalidConfig(ValueError):  # noqa: N818 - it states a fact about the file
@@ -21,7 +27,7 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, alias_generator=to_camel)
 
-    image_size: int = Field(ge=16, le=128)
+    image_size: int = Field(ge=16, le=256)
     latent_dim: int = Field(ge=1, le=1024)
     width: int = Field(ge=1, le=256)
     steps: int = Field(ge=1, le=10_000_000)
@@ -29,6 +35,9 @@ class TrainingConfig(BaseModel):
     learning_rate: float = Field(gt=0, le=1)
     beta2: float = Field(ge=0, lt=1)
     gamma: float = Field(ge=0, le=1e6)
+    anneal_images: float = Field(ge=0)
+    augmentation: float = Field(ge=0, le=MAX_AUGMENTATION)
+    symmetric: bool
     ema_images: float = Field(ge=0)
     seed: int = Field(ge=0, lt=2**63)
 
@@ -49,5 +58,5 @@ class TrainingConfig(BaseModel):
         try:
             return cls.model_validate(parameters)
         except ValidationError as error:
-            places = sorted({f"{detail['loc'][0]} ({detail['type']})" for detail in error.errors()})
-            raise InvalidConfig(", ".join(places)) from None
+            places = (f"{detail['loc'][0]}: {WHAT.get(detail['type'], detail['msg'])}" for detail in error.errors())
+            raise InvalidConfig("; ".join(sorted(places))) from None

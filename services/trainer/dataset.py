@@ -2,9 +2,13 @@
 
 import hashlib
 import math
+import re
+import tokenize
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +19,10 @@ HELD_OUT = 0.25
 DRAWS = 100
 """Splits that are compared."""
 GRID = 4
+ROUNDING = 1e-3
+"""By which values may lie outside -1 and 1."""
+OF_INGEST = re.compile(r"(?P<series>.+)\.[0-9a-f]{16,64}\.[0-9a-f]+\.npy")
+"""The name of an array that ingest made: series UID, digest of the revision, hash of how it was made."""
 
 Vector = npt.NDArray[np.float64]
 
@@ -27,12 +35,25 @@ class Array(_Frozen):
     """One array of slices, (n, H, W) float32 in [-1, 1], as it stood when the training began."""
 
     key: str
+    """Its key, or its path at the address that the request names."""
     etag: str
+    """What the store tells versions apart by."""
+    sha256: str = ""
+    """Of the file, in hex; empty in manifests of the first version."""
     series_uid: str
     group: str
     """Whose slices these are: the patient's key, or the series where it is unknown. A group is never split."""
-    n: int
+    n: int = 0
+    """Slices; known when it was fetched."""
     held_out: bool = False
+    class_name: str | None = None
+    modality: str | None = None
+    window: tuple[float, float] | None = None
+    """Modality values that became -1 and 1."""
+
+
+class NotNormalised(ValueError):  # noqa: N818 - it states a fact
+    """The values of an array are no brightnesses in [-1, 1]."""
 
 
 class Manifest(_Frozen):
@@ -40,6 +61,20 @@ class Manifest(_Frozen):
 
     dataset: str
     arrays: tuple[Array, ...]
+    classes: tuple[str, ...] = ()
+    """Names of the classes; the label of a class is its place here. Empty where there are not at least two."""
+    source: str | None = None
+    """The address that the request named; None where the arrays lie in the bucket."""
+    listing_hash: str = ""
+    """Hash of what was found at the first start; copies of the arrays are kept under it."""
+
+    def labels(self, *, held_out: bool) -> list[int]:
+        """Return the labels of the arrays of one side; none where there are no classes."""
+        return [
+            self.classes.index(array.class_name)
+            for array in self.arrays
+            if array.class_name in self.classes and array.held_out == held_out
+        ]
 
     def n_images(self, *, held_out: bool) -> int:
         """Count the images of one side of the split."""
@@ -47,7 +82,10 @@ class Manifest(_Frozen):
 
 
 def newest_revisions(keys: Mapping[str, datetime]) -> list[str]:
-    """Return, of `<folder>/<series uid>.<digest>.<config hash>.npy` keys and their times, the newest per series."""
+    """Return, of `<folder>/<series uid>.<digest>.<config hash>.npy` keys and their times, the newest per series.
+
+    A key of another form is a series of its own.
+    """
     newest: dict[str, str] = {}
     for key, modified in sorted(keys.items()):
         series = series_of(key)
@@ -57,8 +95,9 @@ def newest_revisions(keys: Mapping[str, datetime]) -> list[str]:
 
 
 def series_of(key: str) -> str:
-    """Return the series UID in an array's key; a UID has dots itself, digest and hash have none."""
-    return key.rsplit("/", 1)[-1].rsplit(".", 3)[0]
+    """Return the series UID in an array's key; for one that ingest did not make, the whole key stands for it."""
+    made = OF_INGEST.fullmatch(key.rsplit("/", 1)[-1])
+    return made["series"] if made else key.removesuffix(".npy")
 
 
 def split(dataset: str, arrays: Iterable[Array], summaries: Mapping[str, Vector]) -> Manifest:
@@ -67,6 +106,9 @@ def split(dataset: str, arrays: Iterable[Array], summaries: Mapping[str, Vector]
     Of some splits, drawn by a hash of the patients' keys, the one is taken whose sides are most alike. Patients differ,
     and with few of them a blind draw can keep back the odd ones: their distance to the others would then hide how far
     the generated images are from anything.
+
+    Of each class a quarter of its patients is kept back, at least one, so a class of two patients or more is on both
+    sides. Where a patient has images of several classes, that is tried first.
 
     Args:
         dataset: its name, a part of what is hashed.
@@ -84,15 +126,19 @@ def split(dataset: str, arrays: Iterable[Array], summaries: Mapping[str, Vector]
         [np.sum([array.n * summaries[array.key] for array in group], axis=0) for group in by_group.values()]
     )
     spread = (sums / weights[:, None]).std(axis=0) + 1e-6
+    classes: defaultdict[str | None, list[int]] = defaultdict(list)
+    for index, group in enumerate(by_group.values()):
+        for class_name in dict.fromkeys(array.class_name for array in group):
+            classes[class_name].append(index)
 
     def unlikeness(kept_back: list[int]) -> float:
         inside = np.isin(np.arange(len(weights)), kept_back)
-        if inside.all():
-            return 0.0
+        if any(inside[members].all() or not inside[members].any() for members in classes.values()):
+            return math.inf
         means = [sums[side].sum(axis=0) / weights[side].sum() for side in (inside, ~inside)]
         return float(np.square((means[0] - means[1]) / spread).sum())
 
-    chosen = min(_draws(dataset, list(by_group)), key=unlikeness)
+    chosen = min(_draws(dataset, list(by_group), list(classes.values())), key=unlikeness)
     kept_back = {list(by_group)[index] for index in chosen}
     marked = (
         array.model_copy(update={"held_out": array.group in kept_back})
@@ -102,25 +148,51 @@ def split(dataset: str, arrays: Iterable[Array], summaries: Mapping[str, Vector]
     return Manifest(dataset=dataset, arrays=tuple(sorted(marked, key=lambda array: array.key)))
 
 
+def opened(path: Path) -> npt.NDArray[Any]:
+    """Map the slices (n, H, W) of an array into memory.
+
+    Raises:
+        ValueError: the file is damaged, or holds no slices of numbers.
+    """
+    try:
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except (tokenize.TokenError, OverflowError):  # NumPy means to raise ValueError, but passes on those of some headers
+        raise ValueError("not a NumPy file") from None
+    if array.dtype.kind not in "fiu":
+        raise ValueError("not numbers")
+    if array.ndim != 3 or min(array.shape) == 0:  # noqa: PLR2004 - slices, rows, columns
+        raise ValueError("not an array of slices")
+    return array
+
+
 def summary_of(slices: npt.NDArray[np.floating]) -> Vector:
     """Return what `split` compares: mean and spread over the slices (n, H, W) of each cell of a 4x4 grid.
 
     Raises:
-        ValueError: no slices of numbers.
+        NotNormalised: they are not in [-1, 1].
+        ValueError: they are too small, or not finite.
     """
-    if slices.ndim != 3 or min(slices.shape) == 0 or min(slices.shape[1:]) < GRID:  # noqa: PLR2004 - slices, rows, columns
+    if min(slices.shape[1:]) < GRID:
         raise ValueError("not an array of slices")
     n, rows, columns = len(slices), slices.shape[1] // GRID, slices.shape[2] // GRID
     cells = slices[:, : GRID * rows, : GRID * columns].reshape(n, GRID, rows, GRID, columns).mean(axis=(2, 4))
     summary = np.concatenate((cells.mean(axis=0).ravel(), cells.std(axis=0).ravel())).astype(np.float64)
-    if not np.isfinite(summary).all():
+    low, high = slices.min(), slices.max()  # of all pixels: the cells leave some out at the edges
+    if not np.isfinite([low, high]).all():
         raise ValueError("not finite")
+    if low < -1 - ROUNDING or high > 1 + ROUNDING:
+        raise NotNormalised("not in [-1, 1]")
     return summary
 
 
-def _draws(dataset: str, groups: list[str]) -> Iterator[list[int]]:
-    """Yield the indices of the groups that each draw keeps back."""
-    n_kept_back = max(1, math.floor(HELD_OUT * len(groups)))
+def _draws(dataset: str, groups: Sequence[str], classes: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield the indices of the groups that each draw keeps back; `classes` are the indices of each class."""
     for draw in range(DRAWS):
         ranks = [hashlib.sha256(f"{dataset}/{draw}/{group}".encode()).digest() for group in groups]
-        yield sorted(sorted(range(len(groups)), key=ranks.__getitem__)[:n_kept_back])
+        kept_back: set[int] = set()
+        # The rarest class first: a patient of it may have images of a common one, too, and counts there.
+        for members in sorted(classes, key=lambda members: (len(members), members)):
+            n_missing = max(1, math.floor(HELD_OUT * len(members))) - len(kept_back.intersection(members))
+            free = sorted(set(members) - kept_back, key=ranks.__getitem__)
+            kept_back.update(free[: max(0, n_missing)])
+        yield sorted(kept_back)

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import tree_sitter_javascript
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from tree_sitter import Language, Node, Parser
 
-from services.trainer.config import InvalidConfig, UnknownParameter, Value
+from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParameter, Value
 
 _JAVASCRIPT = Language(tree_sitter_javascript.language())
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "v": "\v", "0": "\0"}
@@ -53,13 +55,39 @@ def modify_config(text: str, changes: Mapping[str, Value]) -> str:
     return source.decode()
 
 
+def checked_config(text: str) -> TrainingConfig:
+    """Return the parameters of a training that the file holds.
+
+    Raises:
+        InvalidConfig: as `read_config`; or a parameter is missing, unknown, of the wrong type or out of range. The text
+            names line and parameter, never the value.
+    """
+    places = dict(_properties(text.encode()))
+    try:
+        return TrainingConfig.model_validate({name: _value(name, node) for name, node in places.items()})
+    except ValidationError as error:
+        raise InvalidConfig("; ".join(_reason(detail, places) for detail in error.errors())) from None
+
+
 def modify_config_file(path: str | Path, **changes: Value) -> None:
-    """Edit the file in place: `modify_config_file("config.js", learningRate=1e-4)`. Raises as `modify_config`."""
+    """Edit the file in place: `modify_config_file("config.js", learningRate=1e-4)`.
+
+    Raises:
+        UnknownParameter, InvalidConfig: as `modify_config` and, of the outcome, `checked_config`; the file stays as it
+            was.
+    """
     path = Path(path)
     with path.open(encoding="utf-8", newline="") as file:  # newline="" keeps the file's own line ends
-        text = file.read()
+        text = modify_config(file.read(), changes)
+    checked_config(text)
     with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(modify_config(text, changes))
+        file.write(text)
+
+
+def _reason(detail: ErrorDetails, places: Mapping[str, Node]) -> str:
+    name = str(detail["loc"][0])
+    what = {"missing": "missing", "extra_forbidden": "unknown parameter"}.get(detail["type"], detail["msg"])
+    return f"line {places[name].start_point.row + 1}: {name}: {what}" if name in places else f"{name}: {what}"
 
 
 def _properties(source: bytes) -> Iterator[tuple[str, Node]]:

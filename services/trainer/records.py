@@ -1,11 +1,18 @@
 """What the trainer stores in S3 beside the models: the state of a training is nothing else."""
 
+import math
 from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from services.trainer.policy import Observation
-from shared.messages import CompletedTraining, FailedTraining, TrainingRequest, TrainingRound
+from services.trainer.config import Value
+from services.trainer.policy import Goal, Observation
+from shared.messages import CompletedTraining, FailedTraining, Name, TrainingRequest, TrainingRound
+
+
+def goal_of(request: TrainingRequest) -> Goal:
+    """Return what the policy is to reach."""
+    return Goal(request.threshold, request.metric, request.min_coverage, request.max_rounds)
 
 
 class _Stored(BaseModel):
@@ -17,28 +24,75 @@ class StoredOptions(_Stored):
 
     request: TrainingRequest
     settings: dict[str, Any]
+    time: AwareDatetime | None = None
+    """When it was asked for."""
 
 
-class StoredRound(_Stored):
+class StoredPlan(_Stored):
+    """What a round is to do, as plan.<try>.json holds it: a worker that goes on with it decides nothing anew."""
+
+    round: int
+    number: int
+    """Of the try, from 0: how often the round diverged before."""
+    rule: str
+    """Why the parameters are what they are."""
+    changes: dict[str, Value]
+    continue_from: int
+    """The round whose model is trained on; 0 is a new one."""
+    until: int
+    """The step, counted from the model's first, at which the round ends."""
+    config: str
+    """config.js."""
+
+
+class StoredPartial(_Stored):
+    """A round's newest checkpoint, as partial.<try>.json names it."""
+
+    epoch: int
+    """Of the lease of who wrote this."""
+    step: int
+    key: str
+
+
+class StoredTrained(_Stored):
+    """A round that is trained and not evaluated, as trained.<try>.json holds it."""
+
+    checkpoint_key: str
+    step: int = 0
+    """The last one, counted from the model's first."""
+    margin: float
+    device: str
+    losses: tuple[dict[str, float], ...]
+    trained_s: float = 0
+    """Seconds of training, those that were lost with a process left out."""
+
+
+class StoredRound(StoredTrained):
     """A completed round, as evaluation.json holds it."""
 
     told: TrainingRound
     time: AwareDatetime
-    checkpoint_key: str
     images_key: str
-    margin: float
     rule: str
-    """Why the round's parameters are what they are."""
     continued_from: int
-    device: str
     n_features: int
     warnings: tuple[str, ...]
-    losses: tuple[dict[str, float], ...]
 
     def observation(self) -> Observation:
         """Return what the policy looks at."""
         evaluation = self.told.evaluation
-        return Observation(evaluation.relative_fd, self.margin, self.told.config, evaluation.copies)
+        made, real = evaluation.quality, evaluation.real_quality
+        return Observation(
+            self.told.config,
+            relative_fd=evaluation.relative_fd,
+            distance=evaluation.distance,
+            kid=made.kid if made else math.inf,
+            coverage=made.coverage / real.coverage if made and real and real.coverage else 1.0,
+            precision=made.precision / real.precision if made and real and real.precision else 1.0,
+            margin=self.margin,
+            told_apart=self.losses[-1].get("told_apart", 0.0) if self.losses else 0.0,
+            copies=evaluation.copies,
+        )
 
 
 class StoredState(_Stored):
@@ -46,7 +100,9 @@ class StoredState(_Stored):
 
     round: int = 1
     attempts: int = 0
-    """Processes that failed."""
+    """Processes that failed, one after the other, without coming further."""
+    reached: int = 0
+    """The step of the last checkpoint when the last one failed."""
     divergences: int = 0
     failed_of: str = ""
     """The last failure's reason."""
@@ -70,8 +126,11 @@ class StoredFailure(_Stored):
 
 
 class Sidecar(_Stored):
-    """What is read of the JSON document that ingest stores beside an array."""
+    """What is read of the JSON document beside an array; ingest says all but the class. What is missing is unknown."""
 
     series_uid: str | None = None
     patient_key: str | None = None
-    n: int = Field(ge=0)
+    class_name: Name | None = Field(default=None, alias="class")
+    modality: str | None = None
+    window: tuple[float, float] | None = None
+    """Modality values that became -1 and 1."""

@@ -1,5 +1,9 @@
 """The settings of the trainer, each read once from the environment."""
 
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
 from pydantic import Field, ValidationInfo, field_validator
 
 from shared.config import ServiceSettings
@@ -14,20 +18,63 @@ class TrainerSettings(ServiceSettings):
     """Threads that torch computes with; 0 takes one per core. More than there are free cores make it much slower."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     """Where torch computes: auto takes a GPU if there is one."""
+    engine: Literal["local", "torchrun", "sagemaker"] = "local"
+    """What trains: one process; torchrun, with several that share out each batch; or a SageMaker training job."""
+    processes: int = Field(default=0, ge=0, le=1024)
+    """How many processes torchrun starts; 0 takes one per GPU."""
+    sagemaker_image: str | None = Field(default=None, validate_default=True)
+    """The image of this service in ECR, for training jobs."""
+    sagemaker_role: str | None = Field(
+        default=None, pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$", validate_default=True
+    )
+    """ARN of the role of training jobs; what it needs is in docs/training.md."""
+    sagemaker_instance: str | None = Field(default=None, pattern=r"^ml\.", validate_default=True)
+    """Type of the machines of a training job, such as ml.g5.xlarge."""
+    sagemaker_instances: int = Field(default=1, ge=1, le=64)
+    """How many machines a training job has."""
+    sagemaker_spot: bool = False
+    """Take spot machines: cheaper, and interrupted now and then."""
+    sagemaker_volume_gb: int = Field(default=50, ge=1, le=16_384)
+    """Disk of each machine: the arrays and a few checkpoints have to fit."""
     round_deadline_s: float = Field(default=6 * 3600, gt=0)
-    """Wall seconds for one round of train and evaluate, after which it is killed and counts as a failed attempt."""
+    """Wall seconds that training a round or evaluating it may take before it is killed. It then goes on from its last
+    checkpoint; without a new one since the last time, that counts as a failed attempt."""
+    checkpoint_s: float = Field(default=60, gt=0)
+    """Seconds of training from one checkpoint to the next: what is lost, at most, with a worker that dies."""
     memory_bytes: int | None = Field(default=None, ge=1024**3)
     """Address space of the training process. Leave it out on a GPU: CUDA reserves far more addresses than it uses."""
     lease_s: float = Field(default=45, ge=1)
     """Seconds after which another worker may take over a training whose worker died: at most half of `visibility_s`."""
     min_images: int = Field(default=32, ge=8)
     """Fewest images, of training and evaluation each, that are trained on."""
+    data_uris: str = "s3:// gs:// az:// abfs://"
+    """What the data_uri of a request may begin with, such as s3://our-bucket/research/; several with blanks between."""
+    cache_dir: Path | None = None
+    """Where copies of datasets are kept from one training to the next; None: the folder `datasets` in the work_dir."""
+    cache_bytes: int = Field(default=10 * 1024**3, ge=0)
+    """Size of all copies together, above which the oldest that no training uses are removed; 0 keeps none."""
     features_uri: str | None = Field(default=None, pattern=r"^(s3://[^/]+/.+|[^:]+)$")
     """Path or s3:// URI of a network to compare images by, TorchScript or torch.export (.pt2); None: randconv-v1."""
     features_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", validate_default=True)
     """SHA-256 of that file, in hex: loading it runs what it holds, so no other file is loaded."""
     features_size: int = Field(default=299, ge=16, le=1024)
     """Pixels, in rows and in columns, of the images that it takes."""
+    tensorboard: bool = False
+    """Write the rounds of a training as a TensorBoard log, too; needs the extra `tensorboard`."""
+
+    @field_validator("tensorboard")
+    @classmethod
+    def _installed(cls, wanted: bool) -> bool:  # noqa: FBT001 - pydantic calls it so
+        if wanted and find_spec("tensorboard") is None:
+            raise ValueError("the extra tensorboard is not installed")
+        return wanted
+
+    @field_validator("sagemaker_image", "sagemaker_role", "sagemaker_instance")
+    @classmethod
+    def _with_the_engine(cls, named: str | None, info: ValidationInfo) -> str | None:
+        if named is None and info.data.get("engine") == "sagemaker":
+            raise ValueError("needed with RADQUEUE_ENGINE=sagemaker")
+        return named
 
     @field_validator("features_sha256")
     @classmethod

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import bench_inference, bench_queue, bench_trainer
+from tests.benchmarks import bench_inference, bench_ingest, bench_queue, bench_trainer, bench_training
 
 LATEST = Path(__file__).parent.parent.parent / "benchmarks" / "latest.json"
-BENCHES = (bench_inference, bench_queue, bench_trainer)
+BENCHES = (bench_ingest, bench_inference, bench_queue, bench_trainer, bench_training)
 
 
 def main() -> None:

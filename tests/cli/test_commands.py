@@ -3,6 +3,7 @@ import re
 import socket
 import tomllib
 import zipfile
+from datetime import UTC, datetime
 
 import boto3
 import pytest
@@ -13,8 +14,9 @@ from cli.client import Client, Refused
 from cli.main import app
 from cli.phantom import write_ct_series
 from cli.up import ROOT
+from services.inference.records import result_prefix
 from shared.dicom import instance_key
-from shared.messages import TrainingRequested, decode
+from shared.messages import InferenceRequested, InferenceTask, SeriesRef, TrainingRequested, decode
 
 
 @pytest.fixture
@@ -70,6 +72,11 @@ def received(local_aws):
         ("train", "--dataset", "d", "--set", "stepz=3"),
         ("train", "--dataset", "d", "--set", "imageSize=33"),
         ("train", "--dataset", "d", "--out", "x"),
+        ("train", "--dataset", "a/b"),
+        ("train", "--dataset", "d", "--request-id", "a b"),
+        ("train", "--dataset", "d", "--metric", "kid"),
+        ("train", "--dataset", "d", "--class", "a=x", "--class", "a=y"),
+        ("generate", "m", "--out", "x", "--seed", str(2**63)),
         ("report", "2026-13"),
         ("report", "2999-01"),
         ("demo", "--data", "/no/such/folder"),
@@ -207,7 +214,7 @@ def test_train_sends_one_valid_request(invoke, client, received, tmp_path):
     refused = invoke("train", "--dataset", "commands-empty")
     (tmp_path / "array.npy").write_bytes(b"any")
     client.upload(tmp_path / "array.npy", "datasets/commands/1.2.npy")
-    wrong = invoke("train", "--dataset", "commands", "--set", "stepz=1")
+    wrong = invoke("train", "--dataset", "commands", "--set", "stepz=1", "--set", "imageSize=48", "--set", "steps=0")
     options = ("--threshold", 1.5, "--images", 4, "--set", "steps=80", "--set", "learningRate=1e-3")
     sent = invoke("train", "--dataset", "commands", *options, "--request-id", "r-1", "--json")
     (body,) = received("radqueue-training")
@@ -215,21 +222,42 @@ def test_train_sends_one_valid_request(invoke, client, received, tmp_path):
 
     assert (refused.exit_code, wrong.exit_code, sent.exit_code) == (1, 2, 0)
     assert "no training data" in refused.output
-    assert "stepz" in wrong.output
+    for why in ("stepz: unknown parameter", "imageSize: Value error, not a power of two", "steps: Input should be"):
+        assert why in " ".join(wrong.output.split())
     assert "steps=250" in wrong.output
     assert json.loads(sent.stdout)["request_id"] == "r-1"
     assert isinstance(request, TrainingRequested)
     assert request.data.overrides == {"steps": 80, "learningRate": 0.001}
     assert (request.data.threshold, request.data.n_images, request.data.max_rounds) == (1.5, 4, 5)
+    assert (request.data.data_uri, request.data.classes) == (None, {})
+
+
+def test_train_takes_classes_and_an_address(invoke, client, received, tmp_path):
+    """A dataset for each class must have data in the bucket; what lies at an address the trainer looks at."""
+    received("radqueue-training")
+    (tmp_path / "array.npy").write_bytes(b"any")
+    client.upload(tmp_path / "array.npy", "datasets/commands-ill/1.2.npy")
+    classes = ("--class", "ill=commands-ill", "--class", "commands-healthy")
+    refused = invoke("train", "--dataset", "commands", *classes)
+    wrong = invoke("train", "--dataset", "commands", "--data-uri", "/etc")
+    sent = invoke("train", "--dataset", "commands", *classes, "--data-uri", "gs://ours/brains", "--json")
+    (body,) = received("radqueue-training")
+    asked = decode(body).data
+
+    assert (refused.exit_code, wrong.exit_code, sent.exit_code) == (1, 2, 0)
+    assert "no training data in the dataset commands-healthy" in " ".join(refused.output.split())
+    assert "data_uri" in wrong.output
+    assert asked.data_uri == "gs://ours/brains"
+    assert asked.classes == {"ill": "commands-ill", "commands-healthy": "commands-healthy"}
 
 
 def test_a_model_is_fetched_without_its_checkpoints(invoke, client, tmp_path):
     """`train --wait --out` of a finished training writes what it made, and exits with 1 if it is not approved."""
-    (tmp_path / "object").write_text(
-        json.dumps({"told": {"approved": False, "generator_key": "g", "images_key": "i", "images_array_key": "a"}})
-    )
-    wanted = {"completed.json", "config.js", "generator.pt", "images.png", "rounds/1/config.2.js"}
-    for name in {*wanted, "lease.json", "rounds/1/checkpoint.2.pt"}:
+    told = {"approved": False, "generator_key": "g", "images_key": "i", "images_array_key": "a"}
+    (tmp_path / "object").write_text(json.dumps({"told": told | {"evaluation": {"relative_fd": 3.0}}}))
+    wanted = {"completed.json", "config.js", "generator.pt", "images.png", "images.dicom.zip", "rounds/1/config.2.js"}
+    wanted |= {"card.md", "medigan.json", "manifest.json", "curves.png", "tensorboard/events.out.tfevents.0.radqueue"}
+    for name in {*wanted, "lease.json", "rounds/1/checkpoint.2.pt", "progress.json.part"}:
         client.upload(tmp_path / "object", f"models/fetched/{name}")
     client.upload(tmp_path / "object", "datasets/commands-fetched/any.npy")
     asked = ("train", "--dataset", "commands-fetched", "--request-id", "fetched", "--wait")
@@ -237,9 +265,50 @@ def test_a_model_is_fetched_without_its_checkpoints(invoke, client, tmp_path):
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
     assert done.exit_code == 1
-    assert "not approved" in done.output
+    assert "not approved: its rounds are used up and its relative distance 3 is above 2" in done.output
     assert files == wanted
     assert json.loads(invoke(*asked, "--json").stdout)["places"] == [f"s3://{client.bucket}/{key}" for key in "gia"]
+
+
+def test_an_id_that_was_another_request_s_is_refused_at_once(invoke, client, received, tmp_path):
+    """Options that differ from those of the same id are named, and nothing is sent; the same options are sent again."""
+    received("radqueue-training")
+    asked = ("train", "--dataset", "commands-taken", "--request-id", "taken", "--threshold", "3")
+    (tmp_path / "object").write_bytes(b"any")
+    client.upload(tmp_path / "object", "datasets/commands-taken/any.npy")
+    before = {"request_id": "taken", "dataset": "commands-taken", "threshold": 3.0}
+    (tmp_path / "object").write_text(json.dumps({"request": before}))
+    client.upload(tmp_path / "object", "models/taken/options.json")
+    refused = invoke(*asked[:-1], "4")
+    n_sent = len(received("radqueue-training"))
+
+    assert (refused.exit_code, n_sent) == (1, 0)
+    assert "was made before, with another threshold" in " ".join(refused.output.split())
+    assert invoke(*asked).exit_code == 0
+    assert len(received("radqueue-training")) == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_training(invoke, client, received, tmp_path):
+    """A file where the folder should be is named in one sentence, and nothing is sent."""
+    received("radqueue-training")
+    (tmp_path / "object").write_bytes(b"any")
+    client.upload(tmp_path / "object", "datasets/commands-out/any.npy")
+    refused = invoke("train", "--dataset", "commands-out", "--wait", "--out", tmp_path / "object")
+
+    assert refused.exit_code == 1
+    assert "object: File exists" in "".join(refused.output.split("\n"))
+    assert received("radqueue-training") == []
+
+
+@pytest.mark.parametrize("description", ["{", "[]"])
+def test_a_damaged_description_is_told(invoke, tmp_path, description):
+    """A generator.json that is no JSON object ends in one sentence that names the file."""
+    (tmp_path / "generator.pt").write_bytes(b"")
+    (tmp_path / "generator.json").write_text(description)
+    refused = invoke("generate", tmp_path, "--out", tmp_path / "out")
+
+    assert refused.exit_code == 1
+    assert "generator.json is damaged" in " ".join(refused.output.split())
 
 
 def test_results_are_the_newest_of_each_series_and_map(invoke, local_aws, tmp_path):
@@ -280,6 +349,103 @@ def test_results_are_the_newest_of_each_series_and_map(invoke, local_aws, tmp_pa
     assert "has no results yet" in invoke("results", "1.2.78", "--out", tmp_path).output
     assert "is not known" in invoke("results", "1.2.79", "--out", tmp_path).output
     assert "no StudyInstanceUID" in invoke("results", "../x", "--out", tmp_path).output
+
+
+def test_results_tell_why_there_are_none(invoke, client, tmp_path):
+    """The newest outcome counts: a failure after a result ends with 1 and brings its log, one before it does not."""
+
+    def put(key, document):
+        (tmp_path / "object").write_text(json.dumps(document))
+        client.upload(tmp_path / "object", key)
+
+    def put_outcome(study, name, attempt, when, **told):
+        prefix = f"results/{study}/{study}.1/{'f' * 32}/a_map@{attempt}/"
+        revision = f"studies/{study}/{study}.1/revisions/{'f' * 32}.json"
+        put(revision, {"created": "2026-01-01T00:00:00Z"})
+        common = {"map": "a_map", "attempt": attempt, "inputs": [{"revision_key": revision}]}
+        put(f"{prefix}{name}.json", common | {"time": f"2026-01-01T00:00:0{when}Z"} | told)
+        put(f"{prefix}attempts/{attempt}/log.txt", "what it printed")
+
+    done = {"outcome": "completed", "outputs": [], "files": []}
+    failed = {"reason_code": "attributes_differ", "where": "PatientID", "error_type": ""}
+    put_outcome("1.2.80", "result", "a", 1, **done)
+    put_outcome("1.2.80", "failure", "b", 2, **failed)
+    put_outcome("1.2.81", "failure", "a", 1, **failed)
+    put_outcome("1.2.81", "result", "b", 2, **done)
+    put_outcome("1.2.82", "result", "a", 1, **done)
+    put_outcome("1.2.82", "failure", "a", 2, **failed)
+    now, before, beside = (invoke("results", f"1.2.{n}", "--out", tmp_path / "out", "--json") for n in (80, 81, 82))
+    (told,) = json.loads(now.stdout)
+    folder = tmp_path / "out" / "1.2.80.1" / "a_map"
+
+    assert (now.exit_code, before.exit_code, beside.exit_code) == (1, 0, 0)
+    assert (told["outcome"], told["reason_code"], told["where"]) == ("failed", "attributes_differ", "PatientID")
+    assert told["remedy"].startswith("Copy them exactly")
+    assert told["files"] == [str(folder / "failure.json"), str(folder / "log.txt")]
+    assert (folder / "log.txt").read_text() == '"what it printed"'
+    printed = invoke("results", "1.2.80", "--out", tmp_path / "out")
+    assert printed.exit_code == 1
+    assert "failed: a_map: attributes_differ (PatientID): the attributes named are not those of" in printed.output
+
+
+def test_what_failed_is_asked_for_again(invoke, client, received, tmp_path):
+    """Where nothing came after the failure, by another event than before, which is one however often it is asked."""
+
+    def put(key, text):
+        (tmp_path / "object").write_text(text)
+        client.upload(tmp_path / "object", key)
+
+    study, made = "1.2.90", datetime(2026, 1, 1, tzinfo=UTC)
+    revision = f"studies/{study}/{study}.1/revisions/{'f' * 32}.json"
+    series = SeriesRef(study_uid=study, series_uid=f"{study}.1", digest="f" * 32, revision_key=revision)
+    put(revision, json.dumps({"created": "2026-01-01T00:00:00Z"}))
+    tasks = {name: InferenceTask(map=name, map_digest="e" * 32, inputs=(series,)) for name in ("bad", "mended")}
+    before = {name: InferenceRequested.of(result_prefix(task), task, time=made) for name, task in tasks.items()}
+    for name, task in tasks.items():
+        told = {
+            "request_id": before[name].id,
+            "attempt": name,
+            "reason_code": "deadline",
+            "time": "2026-01-01T00:00:01Z",
+        }
+        put(f"{result_prefix(task)}failure.json", json.dumps(task.model_dump() | told))
+    done = {"outcome": "completed", "outputs": [], "time": "2026-01-01T00:00:02Z"}
+    put(f"{result_prefix(tasks['mended'])}result.json", json.dumps(tasks["mended"].model_dump() | done))
+    received("radqueue-inference")
+    asked = [invoke("retry", study) for _ in range(2)]
+    first, second = map(decode, received("radqueue-inference"))
+
+    assert [one.exit_code for one in asked] == [0, 0]
+    assert (first.data, second.data) == (tasks["bad"], tasks["bad"])
+    assert first.id == second.id != before["bad"].id
+    assert f"asked for bad again on {study}.1" in asked[0].output
+
+
+def test_a_retry_ends_with_what_came_after_the_failure(invoke, client, tmp_path):
+    """An earlier outcome is not waited for, and a failure again ends with 1."""
+    task = InferenceTask.model_validate(
+        {
+            "map": "m",
+            "map_digest": "e" * 32,
+            "inputs": [{"study_uid": "1.2.91", "series_uid": "1.2.91.1", "digest": "f" * 32, "revision_key": "x"}],
+        }
+    )
+
+    def fail(attempt, when):
+        told = {"attempt": attempt, "reason_code": "deadline", "time": f"2026-01-01T00:00:0{when}Z"}
+        (tmp_path / attempt).write_text(json.dumps(task.model_dump() | told))
+        client.upload(tmp_path / attempt, f"{result_prefix(task)}failure.json")
+
+    fail("first", 1)
+    early = invoke("retry", "1.2.91", "--wait", "--timeout", "0")
+    failed = orders.retry(client, "1.2.91")
+    fail("second", 2)
+    (came,) = orders.wait_retried(client, "1.2.91", failed, 0)
+
+    assert early.exit_code == 1
+    assert "it goes on" in early.output
+    assert came["attempt"] == "second"
+    assert "nothing of study 1.2.77 failed" in invoke("retry", "1.2.77").output
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,29 @@ from datetime import UTC, datetime
 
 import pytest
 
+from cli import show
 from cli.client import Client, Refused
 from cli.journey import Journey
 from cli.orders import Training, training_request
 from cli.phantom import Patient, write_ct_series
 from cli.uploads import collect, instances
+from services.inference.reasons import REASONS
 from services.inference.records import result_prefix
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key
 from shared.messages import InferenceTask
 
+EVALUATION = {
+    "metric": "FD",
+    "space": "s",
+    "n": 8,
+    "distance": 3.0,
+    "floor": 2.0,
+    "relative_fd": 1.5,
+    "quality": {"coverage": 0.5, "kid": 0.1},
+    "real_quality": {"coverage": 0.75, "kid": 0.0},
+    "memorisation": {"flagged": True},
+    "warnings": ["few_images"],
+}
 MAP = f"a_map@{'e' * 16}"
 
 
@@ -124,6 +138,34 @@ def test_every_way_to_end_is_told_apart(client, bucket, uploaded, *, maps, recor
     assert journey.ended
 
 
+def test_a_map_that_failed_tells_why_where_and_what_to_do(client, bucket, uploaded, capsys):
+    """Code, place, remedy and the log's place are told to people and to scripts; a failed push names its attempt."""
+    uploads, found = uploaded
+    prefix = bucket.settle(found)
+    bucket.put(f"{prefix}routing.json", {"maps": [{"map": "a_map"}, {"map": "b_map"}]})
+    other = f"b_map@{'e' * 16}"
+    failure = {"reason_code": "application_error", "error_type": "KeyError", "where": "app.py:12", "attempt": "one"}
+    bucket.put(f"{prefix}{MAP}/failure.json", failure | {"map": "a_map"})
+    bucket.put(f"{prefix}{MAP}/attempts/one/log.txt", "what it printed")
+    bucket.put(f"{prefix}{other}/failure.json", {"map": "b_map", "reason_code": "push_rejected", "attempt": "two"})
+    bucket.put(f"{prefix}{other}/outputs.json", {"attempt": "one"})
+    bucket.put(f"{prefix}{other}/attempts/one/log.txt", "what it printed")
+    journey = Journey(client, uploads)
+
+    assert stage(journey) == "failed"
+    first, second = journey.summary()["series"][0]["results"]
+    assert (first["outcome"], first["reason_code"]) == ("failed", "application_error")
+    assert (first["error_type"], first["where"]) == ("KeyError", "app.py:12")
+    assert (first["why"], first["remedy"]) == REASONS["application_error"]
+    assert first["log"] == client.url(f"{prefix}{MAP}/attempts/one/log.txt")
+    assert second["log"] == client.url(f"{prefix}{other}/attempts/one/log.txt")
+    show.journey(journey)
+    printed = capsys.readouterr().out
+    assert "failed: a_map: application_error (KeyError app.py:12): the application raised an exception." in printed
+    assert REASONS["application_error"][1] in printed
+    assert first["log"] in printed
+
+
 def test_an_older_revision_without_all_that_was_uploaded_is_not_the_end(client, bucket, uploaded):
     """A result on a part of the series is not taken for the result of the upload."""
     uploads, found = uploaded
@@ -188,7 +230,7 @@ def test_a_training_is_followed_to_its_end(client, bucket, tmp_path):
     training.look()
 
     assert (training.state, training.ended) == ("requested", False)
-    evaluation = {"metric": "FD", "space": "s", "n": 8, "distance": 3.0, "floor": 2.0, "relative_fd": 1.5}
+    evaluation = EVALUATION | {"relative_fd": 1.5}
     told = {"round": 1, "steps": 10, "approved": True, "duration_s": 1.0, "evaluation": evaluation}
     bucket.put(f"models/{name}/rounds/1/evaluation.json", {"told": told, "rule": "first"})
     training.look()
@@ -200,10 +242,46 @@ def test_a_training_is_followed_to_its_end(client, bucket, tmp_path):
     assert training.summary()["rounds"][0]["relative_fd"] == 1.5
 
 
+def test_the_round_that_runs_is_told_by_tenths_and_each_round_with_its_rule(client, bucket, tmp_path, capsys):
+    """Progress is shown while its round runs; each round is told with its rule, its numbers and why it was refused."""
+    name = tmp_path.name.replace("_", "-")
+    training = Training(client, training_request("d", request_id=name, threshold=1.0, min_coverage=0.9))
+    progress = {"of_steps": 100, "images_seen": 320, "generator_loss": 0.7, "discriminator_loss": 0.6, "time": ""}
+    for step in (21, 25, 30):
+        bucket.put(f"models/{name}/progress.json", progress | {"round": 1, "step": step})
+        training.look()
+    shown = "round 1: step {} of 100, 320 images seen, losses 0.70 (generator), 0.60 (discriminator)"
+
+    assert show.training_lines(training)[:-1] == [shown.format(21), shown.format(30)]
+    assert training.summary()["progress"]["step"] == 30
+    show.out.print(show.training_table(training))
+    assert shown.format(30) in capsys.readouterr().out
+
+    told = {"round": 1, "steps": 100, "approved": False, "duration_s": 1.0, "evaluation": EVALUATION}
+    bucket.put(f"models/{name}/rounds/1/evaluation.json", {"told": told, "rule": "first"})
+    training.look()
+    why = "its images are copies of images that it was trained on and its relative distance 1.5 is above 1 and its "
+    why += "coverage 0.50 is below 0.9 of the 0.75 of other real images"
+
+    assert training.progress is None
+    assert show.training_lines(training)[-2] == (
+        "round 1 (first): FD 3.00, relative 1.50, coverage 0.50 of 0.75, copies found, 1.0 s, warnings: few_images"
+    )
+    assert training.summary()["rounds"][0]["why_not"] == why
+    keys = {"generator_key": "g", "images_key": "i", "images_array_key": "a"}
+    bucket.put(f"models/{name}/completed.json", {"told": {"approved": False, "evaluation": EVALUATION, **keys}})
+    training.wait(0)
+    show.training(training)
+    printed = capsys.readouterr().out
+    assert "│ first" in printed
+    assert "0.50 of 0.75" in printed
+    assert why in printed
+
+
 def test_a_failed_training_is_told_by_its_numbers_and_an_earlier_failure_is_none(client, bucket, tmp_path):
     """Asking again for a training that failed waits for the new answer, which says how many images are missing."""
     request = training_request("d", request_id=tmp_path.name.replace("_", "-"))
-    numbers = {"n_training": 24, "n_held_out": 0, "min_images": 32}
+    numbers = {"n_patients": 1, "n_training": 24, "n_held_out": 0, "min_images": 32}
     key, told = f"models/{request.request_id}/failure.json", {"told": {"reason_code": "too_little_data"}}
     bucket.put(key, {**told, "time": "2026-01-01T00:00:00Z", "numbers": numbers})
     training = Training(client, request)
@@ -213,7 +291,7 @@ def test_a_failed_training_is_told_by_its_numbers_and_an_earlier_failure_is_none
     bucket.put(key, {**told, "time": "2026-01-01T00:00:09Z", "numbers": numbers})
     training.wait(0)
     assert (training.state, training.approved) == ("failed: too_little_data", False)
-    assert "found 24 images to train on and 0 of other patients" in training.why
+    assert "Found 1 patients: 24 images to train on, and 0 of other ones to judge by; 32 of each" in training.why
 
 
 def test_a_study_level_map_is_waited_for_and_its_result_is_the_series_result(client, bucket, uploaded):

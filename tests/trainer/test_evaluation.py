@@ -12,8 +12,8 @@ from services.trainer import worker
 from services.trainer.evaluation import evaluate
 from services.trainer.extractor import fetch_extractor
 from services.trainer.features import RANDCONV
-from services.trainer.handler import DEFAULT_CONFIG
 from services.trainer.jsconfig import modify_config
+from services.trainer.rounds import DEFAULT_CONFIG
 from services.trainer.settings import TrainerSettings
 from shared.config import Misconfigured, load
 from shared.messages import Evaluation
@@ -92,17 +92,12 @@ def test_round_is_evaluated_in_the_space_of_the_settings(tmp_path, extractor, tr
     config.write_text(modify_config(DEFAULT_CONFIG.read_text(encoding="utf-8"), TINY), encoding="utf-8")
     for name, n, seed in (("train", 40, 1), ("held_out", 16, 2)):
         np.save(tmp_path / f"{name}.npy", slices(n, seed)[:, 0].numpy())
-    reply = worker.train_round(
-        train=[str(tmp_path / "train.npy")],
-        held_out=[str(tmp_path / "held_out.npy")],
-        config=str(config),
-        checkpoint=None,
-        out=str(tmp_path),
-        device="cpu",
-        threads=1,
-        tell=lambda _: None,
-        extractor={"path": str(path), "sha256": sha256, "size": 32} if trained else None,
-    )
+    files = {side: [str(tmp_path / f"{side}.npy")] for side in ("train", "held_out")}
+    asked = {"images": files, "config": str(config), "out": str(tmp_path), "device": "cpu", "threads": 1}
+    asked["tell"] = lambda _: None
+    worker.train_round(**asked, checkpoint=None, until=3, checkpoint_s=60, stop=str(tmp_path / "stop"))
+    space = {"path": str(path), "sha256": sha256, "size": 32} if trained else None
+    reply = worker.evaluate_round(**asked, checkpoint=str(tmp_path / "checkpoint.pt"), extractor=space)
     told = Evaluation.model_validate(reply["evaluation"])
 
     assert told.space == (f"pooled@{sha256[:12]}/d12" if trained else "randconv-v1/d8")

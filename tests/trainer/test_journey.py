@@ -1,11 +1,6 @@
 import asyncio
 import io
-import json
-import os
-import signal
 import uuid
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -13,128 +8,17 @@ import structlog
 import torch
 from PIL import Image
 
-from services.trainer import handler, training, worker
-from services.trainer.__main__ import WORKER
+from services.trainer import run, training, worker
 from services.trainer.config import TrainingConfig
-from services.trainer.handler import Ports, handle
 from services.trainer.jsconfig import modify_config, read_config
 from services.trainer.networks import Generator, build_gan_model
+from services.trainer.rounds import DEFAULT_CONFIG
 from services.trainer.settings import TrainerSettings
-from shared.child import Child
+from services.trainer.training import generate_images
 from shared.config import Misconfigured, load
 from shared.errors import Claimed, Continue, Unavailable, Unprocessable
-from shared.messages import (
-    TrainingCompleted,
-    TrainingFailed,
-    TrainingRequest,
-    TrainingRequested,
-    TrainingRoundCompleted,
-)
-from shared.objects import ObjectStore
-
-NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
-TINY = {"imageSize": 16, "width": 2, "latentDim": 4, "batchSize": 4, "steps": 3}
-ENDLESS = TINY | {"steps": 10_000_000}
-WITHIN_S = 60
-
-
-class Watched(Child):
-    """A real child process that remembers what it was asked, and can be killed in the middle of an answer."""
-
-    def __init__(self, *, kill_at: int | None = None) -> None:
-        super().__init__(WORKER, env={"OMP_NUM_THREADS": "1"})
-        self.asked: list[str] = []
-        self.kill_at = kill_at
-        self.busy = asyncio.Event()
-
-    async def call(self, request, **options):
-        self.asked.append(request["do"])
-        calling = asyncio.ensure_future(super().call(request, **options))
-        self.busy.set()
-        try:
-            if len(self.asked) == self.kill_at:
-                await until(lambda: self.pid is not None)
-                os.kill(self.pid, signal.SIGKILL)
-            return await calling
-        finally:
-            calling.cancel()
-            await asyncio.gather(calling, return_exceptions=True)
-
-
-@dataclass
-class Trainer:
-    """One trainer over the local AWS; what it publishes is remembered."""
-
-    objects: ObjectStore
-    worker: Watched
-    published: list = field(default_factory=list)
-
-    async def __call__(self, event, *, delay_s=0):
-        self.published.append(event)
-
-    async def handle(self, requested: TrainingRequested, **settings) -> None:
-        chosen = TrainerSettings(bucket=self.objects.bucket, threads=1, device="cpu", min_images=8, **settings)
-        ports = Ports(self.objects, self, self.worker, chosen, lambda: datetime.now(UTC))
-        await handle(requested, ports=ports)
-
-    def ids(self, kind) -> list[str]:
-        return [event.id for event in self.published if isinstance(event, kind)]
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(WITHIN_S):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-def requested(dataset: str, **changes) -> TrainingRequested:
-    asked = {"request_id": f"r-{uuid.uuid4().hex}", "overrides": TINY}
-    asked |= {"threshold": 1e-9, "max_rounds": 2, "n_images": 5} | changes
-    data = TrainingRequest(dataset=dataset, **asked)
-    return TrainingRequested.of(data.request_id, data, time=NOON)
-
-
-@pytest.fixture
-def objects(aws, local_aws) -> ObjectStore:
-    return ObjectStore(aws.s3, local_aws.bucket)
-
-
-@pytest.fixture
-async def start():
-    """Make trainers; their processes are ended with the test."""
-    workers: list[Watched] = []
-
-    def made(objects, **options) -> Trainer:
-        workers.append(Watched(**options))
-        return Trainer(objects, workers[-1])
-
-    yield made
-    for started in workers:
-        await started.stop(kill=True)
-
-
-@pytest.fixture
-async def dataset(objects) -> str:
-    """Four patients of eight slices as ingest stores them, one with a superseded revision and two series."""
-    name = f"d-{uuid.uuid4().hex[:8]}"
-    rng = np.random.default_rng(0)
-    for number, patient in enumerate("aabcd"):
-        await put_series(objects, name, f"1.2.{number}", patient=patient, rng=rng)
-    await put_series(objects, name, "1.2.4", patient="d", rng=rng, digest="02" * 8)
-    return name
-
-
-async def put_series(objects, dataset, series, *, patient, rng, digest="01" * 8, n=8) -> None:
-    stem = f"datasets/{dataset}/{series}.{digest}.c0ffee"
-    buffer = io.BytesIO()
-    np.save(buffer, np.tanh(rng.normal(size=(n, 32, 32))).astype(np.float32))
-    sidecar = {"series_uid": series, "patient_key": patient, "digest": digest, "n": n, "shape": [n, 32, 32]}
-    await objects.put(f"{stem}.json", json.dumps(sidecar).encode())
-    await objects.put(f"{stem}.npy", buffer.getvalue())
-
-
-async def document(objects, key):
-    return json.loads(await objects.get(key))
+from shared.messages import TrainingCompleted, TrainingFailed, TrainingRoundCompleted
+from tests.trainer.trainers import ENDLESS, TINY, WITHIN_S, document, put_series, requested
 
 
 async def test_two_rounds_to_images(objects, start, dataset):
@@ -150,7 +34,7 @@ async def test_two_rounds_to_images(objects, start, dataset):
     weights = torch.load(io.BytesIO(await objects.get(end.generator_key)), weights_only=True)
 
     assert [type(event) for event in trainer.published] == [*[TrainingRoundCompleted] * 2, TrainingCompleted]
-    assert [(told.round, told.steps, told.approved) for told in rounds] == [(1, 3, False), (2, 3, False)]
+    assert [(told.round, told.steps, told.approved) for told in rounds] == [(1, 3, False), (2, 4, False)]
     assert rounds[0].config == read_config((await objects.get(rounds[0].config_key)).decode())
     assert rounds[0].config_key == f"{folder}/rounds/1/config.1.js"
     assert "// channels" in (await objects.get(f"{folder}/config.js")).decode()
@@ -173,7 +57,7 @@ async def test_goes_on_after_a_kill_without_repeating_a_round(objects, start, da
     """The process is killed in round two: the next delivery trains round two only, and announces the same round one."""
     asked = requested(dataset)
     folder = f"models/{asked.data.request_id}"
-    trainer = start(objects, kill_at=2)
+    trainer = start(objects, kill_at=3)
     with pytest.raises(Unavailable, match="crashed"):
         await trainer.handle(asked)
     first = await objects.get(f"{folder}/rounds/1/evaluation.json")
@@ -181,30 +65,59 @@ async def test_goes_on_after_a_kill_without_repeating_a_round(objects, start, da
     later = start(objects)
     await later.handle(asked)
 
-    assert trainer.worker.asked == ["round", "round"]
+    assert trainer.worker.asked == ["train", "evaluate", "train"]
     assert (state["round"], state["attempts"]) == (2, 1)
-    assert later.worker.asked == ["round", "generate"]
+    assert later.worker.asked == ["train", "evaluate", "generate"]
     assert await objects.get(f"{folder}/rounds/1/evaluation.json") == first
     assert later.ids(TrainingRoundCompleted)[:1] == trainer.ids(TrainingRoundCompleted)
     assert (await document(objects, f"{folder}/lease.json"))["epoch"] == 2
     keys = [item.key.rsplit("/", 1)[-1] async for item in objects.list(f"{folder}/rounds/2/")]
-    assert keys == ["checkpoint.2.pt", "config.2.js", "evaluation.json", "images.2.png"]
+    assert keys == [
+        "checkpoint.2.pt",
+        "config.2.js",
+        "evaluation.json",
+        "images.2.png",
+        "plan.0.json",
+        "trained.0.json",
+    ]
+
+
+async def test_a_crash_in_the_evaluation_does_not_lose_what_was_trained(objects, start, dataset):
+    """The process is killed while it judges round one: the next delivery judges it, and does not train it again."""
+    asked = requested(dataset, max_rounds=1)
+    with pytest.raises(Unavailable, match="crashed"):
+        await start(objects, kill_at=2).handle(asked)
+    later = start(objects)
+    await later.handle(asked)
+
+    assert later.worker.asked == ["evaluate", "generate"]
 
 
 async def test_asks_to_continue_where_a_round_may_outlast_its_message(objects, start, dataset, monkeypatch):
-    """Near the end of its message's 12 hours the trainer stops after a round, and the same work goes on from there."""
-    monkeypatch.setattr(handler, "remaining_s", lambda: 60.0)
-    trainer = start(objects)
-    asked = requested(dataset)
+    """Near the end of its message's 12 hours the trainer stops in the middle of a round, and goes on from there."""
+    asked, trainer = requested(dataset, max_rounds=1), start(objects)
+    monkeypatch.setattr(run, "remaining_s", lambda: run.HAND_OVER_S + 0.01)
     with pytest.raises(Continue):
         await trainer.handle(asked)
-    first = trainer.worker.asked.copy()
+    partial = await document(objects, f"models/{asked.data.request_id}/rounds/1/partial.0.json")
+    monkeypatch.undo()
     await trainer.handle(asked)
+    weights, called = await trainer.weights(), trainer.worker.asked.copy()
+    await trainer.handle(requested(dataset, max_rounds=1))
 
-    assert first == ["round"]
-    assert trainer.worker.asked == ["round", "round", "generate"]
-    assert len(set(trainer.ids(TrainingRoundCompleted))) == 2
-    assert len(trainer.ids(TrainingCompleted)) == 1
+    assert 1 <= partial["step"] < TINY["steps"]
+    assert called == ["train", "train", "evaluate", "generate"]
+    assert same(weights, await trainer.weights())
+
+
+async def test_nothing_is_begun_that_its_message_does_not_outlast(objects, start, dataset, monkeypatch):
+    """With too little left of the 12 hours to store anything, the trainer asks to go on in a new message at once."""
+    monkeypatch.setattr(run, "remaining_s", lambda: run.HAND_OVER_S)
+    trainer = start(objects)
+    with pytest.raises(Continue):
+        await trainer.handle(requested(dataset))
+
+    assert trainer.worker.asked == []
 
 
 async def test_same_request_has_the_same_first_round(objects, start, dataset):
@@ -212,11 +125,11 @@ async def test_same_request_has_the_same_first_round(objects, start, dataset):
     evaluations = []
     for _ in range(2):
         trainer = start(objects)
-        await trainer.handle(requested(dataset, threshold=1e9))
+        await trainer.handle(requested(dataset, threshold=1e9, min_coverage=0))
         evaluations.append(trainer.published[-1].data.evaluation)
 
     assert evaluations[0] == evaluations[1]
-    assert trainer.worker.asked == ["round", "generate"]
+    assert trainer.worker.asked == ["train", "evaluate", "generate"]
     assert trainer.published[-1].data.approved
 
 
@@ -243,7 +156,7 @@ async def test_divergence_is_tried_slower_and_then_given_up(objects, start, data
     config = read_config((await objects.get(f"models/{asked.data.request_id}/config.js")).decode())
 
     assert trainer.published[-1].data.reason_code == "diverged"
-    assert trainer.worker.asked == ["round"] * 3
+    assert trainer.worker.asked == ["train"] * 3
     assert config["learningRate"] == 0.25
 
 
@@ -310,7 +223,7 @@ async def test_failure_is_told_with_its_numbers_until_the_request_is_tried_again
     failure = await document(objects, key)
 
     assert failure["told"]["reason_code"] == "too_little_data"
-    assert sorted(failure["numbers"].values()) == [5, 8, 8]
+    assert sorted(failure["numbers"].values()) == [2, 5, 8, 8]
     assert failure["numbers"].items() <= next(line for line in lines if line["event"] == "training.failed").items()
 
     await put_series(objects, small, "1.3.2", patient="c", rng=rng)
@@ -340,21 +253,54 @@ def test_a_trainer_has_one_slot():
         load(TrainerSettings, {"RADQUEUE_SLOTS": "2"})
 
 
+def same(one, other) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_resumed_round_builds_the_networks_once(tmp_path, monkeypatch):
     """Where a checkpoint is there, nothing is started anew beside it."""
-    config = tmp_path / "config.js"
-    config.write_text(modify_config(handler.DEFAULT_CONFIG.read_text(encoding="utf-8"), TINY), encoding="utf-8")
-    np.save(tmp_path / "slices.npy", np.tanh(np.random.default_rng(0).normal(size=(16, 16, 16))).astype(np.float32))
-    slices = [str(tmp_path / "slices.npy")]
-    asked = {"train": slices, "held_out": slices, "config": str(config), "out": str(tmp_path), "device": "cpu"}
-    asked |= {"threads": 1, "tell": lambda _: None}
+    asked = round_in(tmp_path)
     built = []
-    monkeypatch.setattr(training, "build_gan_model", lambda config: built.append(config) or build_gan_model(config))
-    worker.train_round(**asked, checkpoint=None)
-    reply = worker.train_round(**asked, checkpoint=str(tmp_path / "checkpoint.pt"))
+    monkeypatch.setattr(training, "build_gan_model", lambda *given: built.append(given) or build_gan_model(*given))
+    worker.train_round(**asked, checkpoint=None, until=3)
+    reply = worker.train_round(**asked, checkpoint=str(tmp_path / "checkpoint.pt"), until=6)
 
     assert len(built) == 2
-    assert reply["steps"] == 3
+    assert reply["step"] == 6
+
+
+def test_classes_reach_the_networks_and_the_images_that_are_judged(tmp_path, monkeypatch):
+    """A round with classes trains networks that know them, and judges as many of each as are held out."""
+    asked = round_in(tmp_path)
+    fewer = str(tmp_path / "fewer.npy")
+    np.save(fewer, np.load(asked["images"]["train"][0])[:8])
+    both = [*asked["images"]["train"], fewer]
+    asked["images"] = {"train": both, "train_labels": [1, 0], "held_out": both, "held_out_labels": [1, 0]}
+    asked["images"]["classes"] = ["few", "many"]
+    drawn = []
+
+    def watched(*given, labels, **options):
+        drawn.append(labels)
+        return generate_images(*given, labels=labels, **options)
+
+    monkeypatch.setattr(worker, "generate_images", watched)
+    worker.train_round(**asked, checkpoint=None, until=3)
+    for name in ("until", "checkpoint_s", "stop"):
+        asked.pop(name, None)
+    reply = worker.evaluate_round(**asked, checkpoint=str(tmp_path / "checkpoint.pt"))
+
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["n_classes"] == 2
+    assert drawn[0].bincount().tolist() == [32, 64]
+    assert reply["evaluation"]["n"] == 24
+
+
+def round_in(folder):
+    config, slices = folder / "config.js", [str(folder / "slices.npy")]
+    config.write_text(modify_config(DEFAULT_CONFIG.read_text(encoding="utf-8"), TINY), encoding="utf-8")
+    np.save(slices[0], np.tanh(np.random.default_rng(0).normal(size=(16, 16, 16))).astype(np.float32))
+    asked = {"images": {"train": slices, "held_out": slices}, "config": str(config), "out": str(folder)}
+    asked |= {"device": "cpu", "threads": 1, "tell": lambda _: None}
+    return asked | {"checkpoint_s": 60.0, "stop": str(folder / "stop")}
 
 
 async def test_request_id_belongs_to_one_request(objects, start):

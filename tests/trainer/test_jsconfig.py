@@ -82,6 +82,39 @@ def test_unknown_parameter_is_named():
 
 
 @pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"learningrate": 1.0}, "learningrate"),
+        ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
+        ({"steps": 1.5}, "steps: Input should be a valid integer"),
+        ({"imageSize": "32"}, "imageSize: Input should be a valid integer"),
+        ({"imageSize": 48}, "imageSize: Value error, not a power of two"),
+        ({"beta2": True}, "beta2: Input should be a valid number"),
+        ({"learningRate": float("nan")}, "learningRate"),
+    ],
+)
+def test_a_refused_edit_names_its_place_and_leaves_the_file(tmp_path, changes, place):
+    """What may not be is refused with line and name, and nothing of the edit is written."""
+    path = tmp_path / "config.js"
+    path.write_text(SHIPPED, encoding="utf-8")
+    with pytest.raises(InvalidConfig, match=place) as refused:
+        modify_config_file(path, seed=5, **changes)
+    lines = [number for number, line in enumerate(SHIPPED.splitlines(), 1) if f" {next(iter(changes))}:" in line]
+
+    assert path.read_text(encoding="utf-8") == SHIPPED
+    if "Input" in place:
+        assert str(refused.value).startswith(f"line {lines[0]}: ")
+
+
+def test_a_file_that_is_edited_must_be_a_whole_config(tmp_path):
+    """A file that lacks a parameter, or has one that no training knows, is refused by its names."""
+    path = tmp_path / "config.js"
+    path.write_text(SHIPPED.replace("  seed: 0,", "  sede: 0,"), encoding="utf-8")
+    with pytest.raises(InvalidConfig, match=r"seed: missing; line \d+: sede: unknown parameter"):
+        modify_config_file(path, steps=5)
+
+
+@pytest.mark.parametrize(
     ("text", "place"),
     [
         ("export default { a: 1 + 1 };", "a"),

@@ -1,0 +1,136 @@
+"""The checkpoints of a round in the making, so that another worker goes on in the middle of it.
+
+Theory of operation. The training process saves a file now and then, and tells its path. Here it is uploaded under a
+name of its own, and then a pointer, a small record that is changed by compare-and-swap alone, is moved to it; what the
+pointer left is deleted. So the pointer never names what is not there, and whoever is killed loses what was done since.
+
+The pointer carries the epoch of the lease of who moved it. A worker that takes over first writes its own epoch into the
+pointer: from then on a former owner, which may not know yet that it lost the lease, cannot move it any more, and
+deletes nothing that is still named.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.trainer.records import StoredPartial
+from shared.child import Json
+from shared.errors import Claimed, Unavailable
+from shared.log import get_logger
+from shared.objects import ObjectMissing, ObjectStore
+
+log = get_logger()
+
+
+@dataclass(slots=True)
+class Checkpoints:
+    """Those of one try at a round, while this worker has the lease."""
+
+    objects: ObjectStore
+    folder: str
+    """`…/rounds/<n>`."""
+    number: int
+    """Of the try, from 0."""
+    epoch: int
+    pointer: StoredPartial | None = None
+    _etag: str = ""
+    _newest: tuple[Path, int] | None = None
+    """What was saved and is not stored yet."""
+    _woken: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: bool = False
+
+    async def take(self) -> None:
+        """Take them over from the former owner. Raises `Claimed` where another worker did so later."""
+        while (seen := await self._see()) is not None and seen.epoch < self.epoch:
+            await self.objects.put_if_match(self._key, _body(seen, epoch=self.epoch), self._etag)
+        self.pointer = seen
+
+    def reached(self) -> int:
+        """Return the step of the last one."""
+        return self.pointer.step if self.pointer is not None else 0
+
+    async def download(self, path: Path) -> bool:
+        """Fetch the last one; tells whether there is any."""
+        if self.pointer is None:
+            return False
+        await self.objects.download(self.pointer.key, path)
+        return True
+
+    def told(self, progress: Json) -> None:
+        """Hear what the training process tells: the `checkpoint` it saved, and at which `step`."""
+        if "checkpoint" not in progress:
+            return
+        if self._newest is not None:  # it comes faster than S3 takes it
+            self._newest[0].unlink()
+        self._newest = Path(progress["checkpoint"]), progress["step"]
+        self._woken.set()
+
+    @asynccontextmanager
+    async def stored(self) -> AsyncIterator[None]:
+        """Store what is saved meanwhile; the last of it is stored when the block ends, however it ends."""
+        self._ended = False
+        storing = asyncio.create_task(self._store())
+        try:
+            yield
+        finally:
+            self._ended = True
+            self._woken.set()
+            await storing
+
+    async def delete(self) -> None:
+        """Delete those of all tries, also what a former owner left behind."""
+        async for item in self.objects.list(f"{self.folder}/partial."):
+            await self.objects.delete(item.key)
+
+    @property
+    def _key(self) -> str:
+        return f"{self.folder}/partial.{self.number}.json"
+
+    async def _store(self) -> None:
+        while self._newest is not None or not self._ended:
+            await self._woken.wait()
+            self._woken.clear()
+            if self._newest is not None:
+                saved, self._newest = self._newest, None
+                await self._store_one(*saved)
+
+    async def _store_one(self, path: Path, step: int) -> None:
+        key = f"{self.folder}/partial.{self.number}.{self.epoch}.{step}.pt"
+        pointer = StoredPartial(epoch=self.epoch, step=step, key=key)
+        try:
+            await self.objects.upload(path, pointer.key)
+            await self._point_to(pointer)
+        except Unavailable as error:  # of a lease that is lost, too: the keeper of the lease ends the work
+            log.warning("training.checkpoint_not_stored", step=step, error=str(error))
+        finally:
+            await asyncio.to_thread(path.unlink)
+
+    async def _point_to(self, pointer: StoredPartial) -> None:
+        """Move the pointer, and delete what it left."""
+        left = self.pointer
+        while await self._see() != pointer:
+            if self._etag:
+                await self.objects.put_if_match(self._key, _body(pointer), self._etag)
+            else:
+                await self.objects.put_if_absent(self._key, _body(pointer))
+        self.pointer = pointer
+        if left is not None and left.key != pointer.key:
+            await self.objects.delete(left.key)
+
+    async def _see(self) -> StoredPartial | None:
+        """Look at the pointer. Raises `Claimed` where another worker took over."""
+        try:
+            body, self._etag = await self.objects.get_with_etag(self._key)
+        except ObjectMissing:
+            self._etag = ""
+            return None
+        seen = StoredPartial.model_validate_json(body)
+        if seen.epoch > self.epoch:
+            raise Claimed("another worker goes on with the round")
+        return seen
+
+
+def _body(pointer: StoredPartial, **changes: int) -> bytes:
+    return pointer.model_copy(update=changes).model_dump_json().encode()

@@ -1,0 +1,70 @@
+"""The end of a training: the products of its best round, stored under `models/<request id>/`.
+
+generator.pt        the weights, tensors only; generator.json says what they are, card.md the same for people
+medigan.json        the same under the names of medigan's catalogue
+images.npy          (n, H, W) float32 in [-1, 1]; images.png shows the first of them
+images.png.zip      one PNG per image; images.dicom.zip one Secondary Capture per image
+interpolation.png   walks through the latent space
+curves.png          losses, distance and quality over the steps
+tensorboard/…       the same for TensorBoard, where the setting says so
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+
+from services.trainer import card, curves
+from services.trainer.dataset import Manifest
+from services.trainer.records import StoredCompletion, StoredRound
+from services.trainer.run import Run
+from services.trainer.secondary_capture import Units
+from shared.messages import CompletedTraining
+
+
+async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> StoredCompletion:
+    """Make the products of round `best`, from 1, of all rounds, store them, and say what completed.json is to hold."""
+    # Load.
+    request, folder, objects, chosen = run.request, run.folder, run.ports.objects, rounds[best - 1]
+    manifest = Manifest.model_validate_json(await objects.get(f"{folder}/manifest.json"))
+    units = Units.common(Units(array.modality, array.window) for array in manifest.arrays)
+    out = run.work_dir / "products"
+    out.mkdir()
+    (out / "config.js").write_bytes(await objects.get(chosen.told.config_key))
+    await objects.download(chosen.checkpoint_key, out / "checkpoint.pt")
+    history = [done.model_dump(mode="json") for done in rounds]
+    (out / "rounds.json").write_text(json.dumps(history), encoding="utf-8")
+
+    # Make.
+    asked = {
+        "do": "generate",
+        "config": str(out / "config.js"),
+        "checkpoint": str(out / "checkpoint.pt"),
+        "n_images": request.n_images,
+        "out": str(out),
+        "rounds": str(out / "rounds.json") if run.ports.settings.tensorboard else None,
+        "units": {"modality": units.modality, "window": units.window},
+        "classes": manifest.classes,
+    }
+    made = await run.ask(len(rounds) + 1, asked)
+    described = card.describe(folder, chosen, manifest, units, made)
+    (out / "generator.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+    (out / "card.md").write_text(card.model_card(described, rounds), encoding="utf-8")
+    (out / "medigan.json").write_text(json.dumps(card.medigan(described), indent=1), encoding="utf-8")
+    threshold = request.threshold if request.metric == "relative_fd" else None
+    await asyncio.to_thread(lambda: curves.draw(history, threshold).save(out / "curves.png"))
+
+    # Store.
+    for name in [*made["files"], "curves.png", "card.md", "medigan.json", "generator.json"]:
+        await objects.upload(out / name, f"{folder}/{name}")
+    told = CompletedTraining(
+        request_id=request.request_id,
+        dataset=request.dataset,
+        approved=chosen.told.approved,
+        rounds=len(rounds),
+        evaluation=chosen.told.evaluation,
+        config=chosen.told.config,
+        generator_key=f"{folder}/generator.pt",
+        images_key=f"{folder}/images.png",
+        images_array_key=f"{folder}/images.npy",
+    )
+    return StoredCompletion(told=told, time=run.ports.clock(), best_round=best)

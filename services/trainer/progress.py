@@ -1,0 +1,51 @@
+"""How far the round that runs is: `progress.json`, for people who watch. Nothing else reads it."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from services.trainer.jsconfig import checked_config
+from services.trainer.records import StoredPlan
+from services.trainer.run import Run
+from shared.child import Json, Progress
+from shared.errors import Unavailable
+
+
+@asynccontextmanager
+async def shown(run: Run, plan: StoredPlan) -> AsyncIterator[Progress]:
+    """Give the block what is to hear of the losses; the last that it heard is stored while the block runs.
+
+    The training process tells every few seconds, and so often at most is it written.
+    """
+    config = checked_config(plan.config)
+    news: asyncio.Queue[Json] = asyncio.Queue()
+
+    def hear(told: Json) -> None:
+        if "generator_loss" in told:
+            news.put_nowait(told)
+
+    async def keep() -> None:
+        while True:
+            told = await news.get()
+            while not news.empty():
+                told = news.get_nowait()
+            document = {
+                "round": plan.round,
+                "step": told["step"] - plan.until + config.steps,
+                "of_steps": config.steps,
+                "images_seen": told["step"] * config.batch_size,
+                "generator_loss": told["generator_loss"],
+                "discriminator_loss": told["discriminator_loss"],
+                "time": run.ports.clock().isoformat(),
+            }
+            with contextlib.suppress(Unavailable):
+                await run.ports.objects.put(f"{run.folder}/progress.json", json.dumps(document).encode())
+
+    keeping = asyncio.create_task(keep())
+    try:
+        yield hear
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)

@@ -1,0 +1,272 @@
+"""A round: modify, train, evaluate. Each is a function over what is stored, and goes on where the last worker ended.
+
+A round that diverges is tried again: its plan, its checkpoints and what was trained carry the number of the try.
+"""
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from services.trainer import policy, search
+from services.trainer.checkpoints import Checkpoints
+from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParameter
+from services.trainer.jsconfig import modify_config, read_config
+from services.trainer.progress import shown
+from services.trainer.reasons import CannotTrain
+from services.trainer.records import StoredPlan, StoredRound, StoredState, StoredTrained, goal_of
+from services.trainer.run import Ports, Run
+from shared.child import Json
+from shared.errors import Continue
+from shared.log import get_logger
+from shared.messages import Evaluation, TrainingRound, TrainingRoundCompleted
+from shared.objects import ObjectMissing
+from shared.once import store_once, stored
+
+DEFAULT_CONFIG = Path(__file__).with_name("config.js")
+
+log = get_logger()
+
+
+async def first_config(run: Run) -> str:
+    """Return the config to start with: the one beside the model or the default, with the request's overrides.
+
+    It is kept, since config.js changes with each round.
+
+    Raises:
+        CannotTrain: `unknown_parameter`, `invalid_parameter`.
+    """
+    objects, key = run.ports.objects, f"{run.folder}/first_config.js"
+    with contextlib.suppress(ObjectMissing):
+        return (await objects.get(key)).decode()
+    try:
+        text = (await objects.get(f"{run.folder}/config.js")).decode()
+    except ObjectMissing:
+        text = DEFAULT_CONFIG.read_text(encoding="utf-8")
+    try:
+        text = modify_config(text, run.request.overrides)
+        TrainingConfig.of(read_config(text))
+    except UnknownParameter:
+        raise CannotTrain("unknown_parameter") from None
+    except (InvalidConfig, UnicodeDecodeError):
+        raise CannotTrain("invalid_parameter") from None
+    await objects.put_if_absent(key, text.encode())
+    return text
+
+
+async def modify(run: Run) -> StoredPlan | None:
+    """Decide what the next round is to do, and store it; None where the rounds have come to their end.
+
+    Afterwards config.js holds its parameters.
+
+    Raises:
+        CannotTrain: the round was tried often enough; a parameter of the start is wrong; `search_not_installed`.
+    """
+    rounds, objects = await run.rounds(), run.ports.objects
+    last = rounds[-1] if rounds else None
+    text = (await objects.get(last.told.config_key)).decode() if last else await first_config(run)
+    state = await run.state(len(rounds) + 1)
+    observed = [done.observation() for done in rounds]
+    decide = search.decide if run.request.strategy == "optuna" else policy.decide
+    situation = policy.Situation(read_config(text), observed, goal_of(run.request), state.divergences)
+    try:
+        decision = await asyncio.to_thread(decide, situation)
+    except ModuleNotFoundError:
+        raise CannotTrain("search_not_installed") from None
+    if decision.next == "generate":
+        return None
+    text = modify_config(text, decision.changes)
+    before = rounds[decision.continue_from - 1].step if decision.continue_from else 0
+    plan = StoredPlan(
+        round=len(rounds) + 1,
+        number=state.divergences,
+        rule=decision.rule,
+        changes=decision.changes,
+        continue_from=decision.continue_from,
+        until=before + TrainingConfig.of(read_config(text)).steps,
+        config=text,
+    )
+    plan = await store_once(objects, f"{_folder(run, plan)}/plan.{plan.number}.json", plan)
+    await objects.put(f"{run.folder}/config.js", plan.config.encode())
+    return plan
+
+
+async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | None:
+    """Train as planned, from the last checkpoint; None where the losses diverged, which is counted.
+
+    Args:
+        run: the training.
+        plan: what `modify` returned.
+        images: what `loaded` yields.
+
+    Raises:
+        Continue: this worker is to stop, or its message ends soon; all is stored.
+        Unavailable: the training process failed.
+        CannotTrain: it did so too often without coming further, or the losses diverged too often.
+    """
+    ports, folder = run.ports, _folder(run, plan)
+    trained = await trained_of(run, plan)
+    if trained is not None:
+        return trained
+    out = _work_dir(run, plan)
+    log.info(
+        "training.round_started",
+        request_id=run.request.request_id,
+        round=plan.round,
+        rule=plan.rule,
+        changes=plan.changes,
+        continue_from=plan.continue_from,
+    )
+
+    # Fetch where to go on.
+    checkpoints = Checkpoints(ports.objects, folder, plan.number, run.epoch)
+    await checkpoints.take()
+    checkpoint: Path | None = out / "start.pt"
+    if not await checkpoints.download(out / "start.pt"):
+        if plan.continue_from:
+            await ports.objects.download((await run.rounds())[plan.continue_from - 1].checkpoint_key, out / "start.pt")
+        else:
+            checkpoint = None
+
+    # Train.
+    asked = {
+        "do": "train",
+        "job": {"folder": run.folder, "name": f"{plan.round}-{plan.number}"},
+        "images": images,
+        "config": str(out / "config.js"),
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "until": plan.until,
+        "out": str(out),
+        "checkpoint_s": ports.settings.checkpoint_s,
+        "stop": str(out / "stop"),
+    }
+    async with (
+        run.attempt(plan.round, checkpoints.reached),
+        checkpoints.stored(),
+        run.touched_at_the_end(out / "stop"),
+        shown(run, plan) as hear,
+    ):
+
+        def told(progress: Json) -> None:
+            checkpoints.told(progress)
+            hear(progress)
+
+        reply = await run.call(plan.round, asked, told)
+    if reply["outcome"] == "paused":
+        log.info("training.paused", request_id=run.request.request_id, round=plan.round, step=checkpoints.reached())
+        raise Continue
+    if reply["outcome"] == "diverged":
+        await _note_divergence(run, plan)
+        return None
+
+    # Store: what names the others comes last.
+    key = f"{folder}/checkpoint.{run.epoch}.pt"
+    await ports.objects.upload(out / "checkpoint.pt", key)
+    return await store_once(
+        ports.objects, _trained_key(run, plan), StoredTrained.model_validate({**reply, "checkpoint_key": key})
+    )
+
+
+async def trained_of(run: Run, plan: StoredPlan) -> StoredTrained | None:
+    """Return what was trained as planned, if it was."""
+    return await stored(run.ports.objects, _trained_key(run, plan), StoredTrained)
+
+
+async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: Json) -> StoredRound | None:
+    """Judge what was trained, store it and announce it; None where the images are no numbers, which is a divergence."""
+    objects, folder, out = run.ports.objects, _folder(run, plan), _work_dir(run, plan)
+
+    # Evaluate.
+    await objects.download(trained.checkpoint_key, out / "checkpoint.pt")
+    asked = {
+        "do": "evaluate",
+        "images": images,
+        "config": str(out / "config.js"),
+        "checkpoint": str(out / "checkpoint.pt"),
+        "out": str(out),
+        "extractor": _extractor(run.ports),
+    }
+    reply = await run.ask(plan.round, asked, reached=trained.step)
+    if reply["evaluation"] is None:
+        await _note_divergence(run, plan)
+        return None
+
+    # Store. The evaluation comes last: it names the others, and makes the round one that is never trained again.
+    images_key, config_key = f"{folder}/images.{run.epoch}.png", f"{folder}/config.{run.epoch}.js"
+    await objects.upload(out / "images.png", images_key)
+    await objects.put(config_key, plan.config.encode())
+    parameters = read_config(plan.config)
+    told = TrainingRound(
+        request_id=run.request.request_id,
+        dataset=run.request.dataset,
+        round=plan.round,
+        steps=int(parameters["steps"]),
+        rule=plan.rule,
+        evaluation=Evaluation.model_validate(reply["evaluation"]),
+        approved=False,
+        config=parameters,
+        config_key=config_key,
+        duration_s=round(trained.trained_s + reply["seconds"], 3),
+    )
+    done = StoredRound(
+        **trained.model_dump(),
+        told=told,
+        time=run.ports.clock(),
+        images_key=images_key,
+        rule=plan.rule,
+        continued_from=plan.continue_from,
+        n_features=reply["evaluation"]["d"],
+        warnings=told.evaluation.warnings,
+    )
+    if policy.accepts(done.observation(), goal_of(run.request)):
+        done = done.model_copy(update={"told": told.model_copy(update={"approved": True})})
+    await Checkpoints(objects, folder, plan.number, run.epoch).delete()
+    done = await store_once(objects, run.evaluation_key(plan.round), done)
+    await run.store_state(StoredState(round=plan.round + 1))
+    log.info(
+        "training.round_stored",
+        request_id=run.request.request_id,
+        round=plan.round,
+        relative_fd=done.told.evaluation.relative_fd,
+        approved=done.told.approved,
+        warnings=done.warnings,
+        duration_s=done.told.duration_s,
+    )
+
+    # Announce.
+    await announce(run, done)
+    return done
+
+
+async def announce(run: Run, done: StoredRound) -> None:
+    """Tell of a completed round; told again, it is the same event."""
+    await run.ports.publish(TrainingRoundCompleted.of(run.request.request_id, done.told, time=done.time))
+
+
+async def _note_divergence(run: Run, plan: StoredPlan) -> None:
+    """Count it: the next plan is for another try. Raises `CannotTrain` where there were enough."""
+    log.warning("training.diverged", request_id=run.request.request_id, round=plan.round)
+    divergences = max((await run.state(plan.round)).divergences, plan.number + 1)
+    await run.store_state(StoredState(round=plan.round, divergences=divergences, failed_of="diverged"))
+
+
+def _extractor(ports: Ports) -> Json | None:
+    if ports.extractor is None:
+        return None
+    settings = ports.settings
+    return {"path": str(ports.extractor), "sha256": settings.features_sha256, "size": settings.features_size}
+
+
+def _folder(run: Run, plan: StoredPlan) -> str:
+    return f"{run.folder}/rounds/{plan.round}"
+
+
+def _trained_key(run: Run, plan: StoredPlan) -> str:
+    return f"{_folder(run, plan)}/trained.{plan.number}.json"
+
+
+def _work_dir(run: Run, plan: StoredPlan) -> Path:
+    """Return a folder for the files of the try, with its config.js."""
+    out = run.work_dir / f"{plan.round}.{plan.number}"
+    out.mkdir(exist_ok=True)
+    (out / "config.js").write_text(plan.config, encoding="utf-8", newline="")
+    return out

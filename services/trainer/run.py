@@ -1,0 +1,171 @@
+"""A training while one worker has its lease, and the process that computes for it."""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from services.trainer.reasons import CannotTrain
+from services.trainer.records import StoredRound, StoredState
+from services.trainer.settings import TrainerSettings
+from shared.child import ChildFailed, Json, Progress
+from shared.errors import Continue, Unavailable, Unprocessable
+from shared.log import get_logger
+from shared.messages import TrainingRequest
+from shared.objects import ObjectStore
+from shared.once import stored
+from shared.queue import Publish, remaining_s
+
+MAX_ATTEMPTS = 3
+"""Times that a round's process may fail without coming further, or that its losses may diverge, before the training is
+given up."""
+HAND_OVER_S = 300.0
+"""Seconds before the end of the message's 12 hours at which a training is stored, to go on in a new message."""
+
+log = get_logger()
+
+
+class Worker(Protocol):
+    """What computes; `Child` and `SageMaker` are."""
+
+    async def call(self, request: Json, *, deadline_s: float, on_progress: Progress | None = None) -> Any:
+        """Do what a function of services/trainer/worker.py does. Raises as `Child.call`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """What the journey needs of the world."""
+
+    objects: ObjectStore
+    publish: Publish
+    worker: Worker
+    """Runs services.trainer.worker, here or elsewhere."""
+    settings: TrainerSettings
+    clock: Callable[[], datetime]
+    extractor: Path | None = None
+    """The network that the settings name to compare images by."""
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the service is to stop: a training is stored then, and given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A training while this worker has its lease."""
+
+    request: TrainingRequest
+    folder: str
+    """`models/<request id>`."""
+    epoch: int
+    """Of the lease: what this worker stores under names that carry it is its own."""
+    ports: Ports
+    work_dir: Path
+
+    async def rounds(self) -> list[StoredRound]:
+        """Return the completed rounds."""
+        rounds: list[StoredRound] = []
+        while done := await stored(self.ports.objects, self.evaluation_key(len(rounds) + 1), StoredRound):
+            rounds.append(done)
+        return rounds
+
+    def evaluation_key(self, number: int) -> str:
+        """Return where a completed round is stored."""
+        return f"{self.folder}/rounds/{number}/evaluation.json"
+
+    async def state(self, number: int) -> StoredState:
+        """Return how often round `number` was tried. Raises `CannotTrain` where that was often enough."""
+        state = await stored(self.ports.objects, f"{self.folder}/state.json", StoredState)
+        if state is None or state.round != number:  # what is stored of another round no longer counts
+            state = StoredState(round=number)
+        return _checked(state)
+
+    async def store_state(self, state: StoredState) -> None:
+        """Store it. Raises `CannotTrain` where that was often enough, with the same reason at each delivery."""
+        await self.ports.objects.put(f"{self.folder}/state.json", state.model_dump_json().encode())
+        _checked(state)
+
+    async def ask(self, number: int, asked: Json, *, reached: int = 0) -> Json:
+        """Have the training process do one thing for round `number`, which is at step `reached`."""
+        async with self.attempt(number, lambda: reached):
+            return await self.call(number, asked)
+
+    @contextlib.asynccontextmanager
+    async def attempt(self, number: int, reached: Callable[[], int]) -> AsyncIterator[None]:
+        """Count what the training process fails of meanwhile; it is tried again with the next delivery.
+
+        `reached` tells the step of the last checkpoint. An attempt that came further than the one before it is the
+        first again: a training may outlive any number of machines.
+        """
+        state = await self.state(number)
+        try:
+            yield
+        except ChildFailed as failed:
+            step = reached()
+            before = state.attempts if step <= state.reached else 0
+            state = state.model_copy(
+                update={"attempts": before + 1, "reached": step, "failed_of": failed.reason_code},
+            )
+            log.warning(
+                "training.process_failed",
+                request_id=self.request.request_id,
+                round=number,
+                reason_code=failed.reason_code,
+                error_type=failed.error_type,
+                where=failed.where,
+                attempt=state.attempts,
+            )
+            await self.store_state(state)
+            raise Unavailable(f"the training process failed: {failed.reason_code}") from None
+
+    async def call(self, number: int, asked: Json, told: Progress = lambda _: None) -> Json:
+        """Have the training process do one thing; `told` hears what it tells on the way.
+
+        Raises:
+            ChildFailed: no reply came.
+            CannotTrain: the process says so.
+            Continue: this worker is to stop, or its message ends soon.
+        """
+        ports, settings = self.ports, self.ports.settings
+        if ports.stop.is_set() or remaining_s() <= HAND_OVER_S:
+            raise Continue
+        bound = log.bind(request_id=self.request.request_id, round=number)
+
+        def on_progress(progress: Json) -> None:
+            told(progress)
+            bound.info("training.progress", **progress)
+
+        try:
+            reply: Json = await ports.worker.call(
+                {**asked, "device": settings.device, "threads": settings.threads},
+                deadline_s=settings.round_deadline_s,
+                on_progress=on_progress,
+            )
+        except Unprocessable as refused:
+            raise CannotTrain(refused.reason_code) from None
+        return reply
+
+    @contextlib.asynccontextmanager
+    async def touched_at_the_end(self, path: Path) -> AsyncIterator[None]:
+        """Make a file when this worker is to stop meanwhile, or when its message ends soon."""
+        watching = asyncio.create_task(self._touch(path))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _touch(self, path: Path) -> None:
+        left_s = remaining_s() - HAND_OVER_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if math.isinf(left_s) else left_s):
+                await self.ports.stop.wait()
+        path.touch()
+
+
+def _checked(state: StoredState) -> StoredState:
+    if max(state.attempts, state.divergences) >= MAX_ATTEMPTS:
+        raise CannotTrain(state.failed_of)
+    return state

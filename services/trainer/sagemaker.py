@@ -1,0 +1,294 @@
+"""Rounds that are trained by SageMaker training jobs instead of a process on this machine.
+
+Theory of operation. `SageMaker` takes the place of the training process. A call of `train` becomes a job: what it needs
+is put beside the model, the job is created, and followed until it ends; what it saves on its way is told as the process
+would. All other calls are done by the process here. The job runs services/trainer/sagemaker_entry.py.
+
+    models/<request id>/sagemaker/data/<array>               the arrays, once for all rounds
+    models/<request id>/sagemaker/<round>-<try>/<job>/       input: images.json, config.js, start.pt
+    models/<request id>/sagemaker/<round>-<try>/checkpoints/ what SageMaker copies from the job while it runs
+    models/<request id>/sagemaker/<round>-<try>/output/      model.tar.gz, what the job returns
+
+The names of a try's jobs follow from the request and end in a number that counts them: so a worker finds the job that
+another one began, and goes on following it. A worker that stops leaves the job running, for the same reason: a training
+need not pause because the service is updated. A job that failed or was stopped is followed by the next number, which
+goes on from the checkpoints of all before it. A job that nobody takes over ends by itself, at RADQUEUE_ROUND_DEADLINE_S
+at the latest.
+
+The container has no network (EnableNetworkIsolation): SageMaker copies its files.
+
+Settings: RADQUEUE_SAGEMAKER_*, RADQUEUE_ROUND_DEADLINE_S.
+IAM of the trainer: sagemaker:CreateTrainingJob, sagemaker:DescribeTrainingJob, iam:PassRole on the job's role.
+IAM of the job's role: s3:GetObject, s3:PutObject and s3:ListBucket on models/, ecr:BatchGetImage,
+ecr:GetDownloadUrlForLayer, ecr:BatchCheckLayerAvailability and ecr:GetAuthorizationToken, logs:CreateLogGroup,
+logs:CreateLogStream and logs:PutLogEvents.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiohttp
+from botocore.exceptions import BotoCoreError, ClientError
+
+from services.trainer.settings import TrainerSettings
+from shared.child import Child, ChildFailed, Json, Progress
+from shared.concurrency import all_of
+from shared.errors import Unavailable, Unprocessable
+from shared.log import get_logger
+from shared.objects import ObjectStore
+
+POLL_S = 30.0
+"""Seconds from one look at a job to the next; DescribeTrainingJob is throttled per account."""
+STOP_POLL_S = 1.0
+UPLOADS = 8
+"""Arrays that are stored at the same time."""
+ENTRY = ["python", "-m", "services.trainer.sagemaker_entry"]
+HYPERPARAMETERS = ("until", "checkpoint_s", "device", "threads")
+"""Of the call. All else is in files: a value has 2,500 characters at most."""
+UNKNOWN = {"ValidationException", "ResourceNotFound"}
+"""What DescribeTrainingJob answers where there is no job of the name."""
+TAKEN = "ResourceInUse"
+ENDED = {"Completed", "Failed", "Stopped"}
+PARTIAL = re.compile(r"partial\.([0-9]+)\.pt")
+FAILURE = re.compile(r"radqueue: (out_of_memory|crashed|raised)(?: (\w+))?(?: (\S+:\d+))?")
+"""What services/trainer/sagemaker_entry.py says of a failure: reason, type of the exception, and its place."""
+RETURNED = ("reply.json", "checkpoint.pt")
+
+log = get_logger()
+
+
+class Client(Protocol):
+    """The part of an aiobotocore client of SageMaker that is used here."""
+
+    async def create_training_job(self, **job: Any) -> Any:
+        """Start a job."""
+
+    async def describe_training_job(self, *, TrainingJobName: str) -> Any:  # noqa: N803 - AWS calls it so
+        """Tell how a job is."""
+
+
+class SageMaker:
+    """Trains in jobs; does all else in a process of this machine."""
+
+    def __init__(
+        self, client: Client, objects: ObjectStore, local: Child, settings: TrainerSettings, *, poll_s: float = POLL_S
+    ) -> None:
+        """Take an open client, and what does all but `train`."""
+        self._client, self._objects, self._local, self._settings = client, objects, local, settings
+        self._poll_s = poll_s
+
+    async def call(self, request: Json, *, deadline_s: float, on_progress: Progress | None = None) -> Any:
+        """Do what `Child.call` does. `deadline_s` is the job's own, so that time in its queue does not count.
+
+        Raises:
+            ChildFailed: the job failed, or somebody stopped it.
+            Unprocessable: the job says so.
+            Unavailable: SageMaker or S3 does not answer, or refuses the job; to be tried again.
+        """
+        if request["do"] != "train":
+            return await self._local.call(request, deadline_s=deadline_s, on_progress=on_progress)
+        folder, name = request["job"]["folder"], request["job"]["name"]
+        # Two deployments may have one account, and job names are the account's.
+        whose = hashlib.sha256(f"{self._objects.bucket}/{folder}".encode()).hexdigest()[:16]
+        following = _Following(self._objects, f"{folder}/sagemaker/{name}", request, on_progress or (lambda _: None))
+        reply: Json | None = None
+        numbers = itertools.count()
+        while reply is None:
+            job = f"radqueue-{whose}-{name}-{next(numbers)}"
+            created = False
+            if await self._described(job) is None:
+                created = await self._create(job, request, following.folder, deadline_s)
+            reply = await self._follow(job, following, created=created)
+        if "unprocessable" in reply:
+            raise Unprocessable(reply["unprocessable"])
+        return reply
+
+    async def _follow(self, job: str, following: "_Following", *, created: bool) -> Json | None:
+        """Return the reply; None where the job had ended without one before this worker looked."""
+        seen_running = created
+        while True:
+            told = await self._described(job)
+            if told is None:
+                raise Unavailable("SageMaker: the job is gone")
+            await following.pass_on()
+            status = told["TrainingJobStatus"]
+            if status == "Completed" and (reply := await following.returned(job)) is not None:
+                return reply
+            if status in ENDED:
+                if not seen_running:
+                    return None
+                raise _failure_of(told)
+            seen_running = True
+            if await self._stopped_meanwhile(following.stop):
+                log.info("training.job_left_running", job=job)
+                return {"outcome": "paused"}
+
+    async def _stopped_meanwhile(self, stop: Path) -> bool:
+        """Wait until the next look is due; tells at once where the file `stop` is made."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._poll_s):
+                while not stop.exists():  # noqa: ASYNC110 - a file has no event
+                    await asyncio.sleep(min(STOP_POLL_S, self._poll_s))
+        return stop.exists()
+
+    async def _described(self, job: str) -> Json | None:
+        with _aws_errors():
+            try:
+                told: Json = await self._client.describe_training_job(TrainingJobName=job)
+            except ClientError as error:
+                if error.response["Error"]["Code"] in UNKNOWN:
+                    return None
+                raise
+        return told
+
+    async def _create(self, job: str, request: Json, folder: str, deadline_s: float) -> bool:
+        """Create the job; tells whether it did, and not another worker before it."""
+        await self._store_input(request, f"{folder}/{job}/")
+        with _aws_errors():
+            try:
+                await self._client.create_training_job(**self._described_as(job, request, folder, deadline_s))
+            except ClientError as error:
+                if error.response["Error"]["Code"] == TAKEN:
+                    return False
+                # What it says is about our settings.
+                log.warning("training.job_refused", job=job, error=str(error))
+                raise
+        log.info("training.job_created", job=job)
+        return True
+
+    async def _store_input(self, request: Json, folder: str) -> None:
+        async def store_array(path: Path) -> None:
+            key = f"{request['job']['folder']}/sagemaker/data/{path.name}"
+            if not await self._objects.exists(key):
+                await self._objects.upload(path, key)
+
+        arrays = [Path(path) for path in request["images"]["train"]]
+        await all_of([partial(store_array, path) for path in arrays], at_once=UPLOADS)
+        images = {**request["images"], "train": [path.name for path in arrays], "held_out": []}
+        await self._objects.put(f"{folder}images.json", json.dumps(images).encode())
+        await self._objects.upload(Path(request["config"]), f"{folder}config.js")
+        if request["checkpoint"]:
+            await self._objects.upload(Path(request["checkpoint"]), f"{folder}start.pt")
+
+    def _described_as(self, job: str, request: Json, folder: str, deadline_s: float) -> Json:
+        settings, base = self._settings, f"s3://{self._objects.bucket}"
+        longest_s = max(1, int(deadline_s))
+        stopping = {"MaxRuntimeInSeconds": longest_s}
+        if settings.sagemaker_spot:
+            stopping["MaxWaitTimeInSeconds"] = 2 * longest_s  # the waits for spare machines are part of it
+        return {
+            "TrainingJobName": job,
+            "AlgorithmSpecification": {
+                "TrainingImage": settings.sagemaker_image,
+                "TrainingInputMode": "File",
+                "ContainerEntrypoint": ENTRY,
+            },
+            "RoleArn": settings.sagemaker_role,
+            "HyperParameters": {name: json.dumps(request[name]) for name in HYPERPARAMETERS},
+            "InputDataConfig": [
+                _channel("arrays", f"{base}/{request['job']['folder']}/sagemaker/data/"),
+                _channel("job", f"{base}/{folder}/{job}/"),
+            ],
+            "CheckpointConfig": {"S3Uri": f"{base}/{folder}/checkpoints"},
+            "OutputDataConfig": {"S3OutputPath": f"{base}/{folder}/output"},
+            "ResourceConfig": {
+                "InstanceType": settings.sagemaker_instance,
+                "InstanceCount": settings.sagemaker_instances,
+                "VolumeSizeInGB": settings.sagemaker_volume_gb,
+            },
+            "StoppingCondition": stopping,
+            "EnableManagedSpotTraining": settings.sagemaker_spot,
+            "EnableNetworkIsolation": True,
+            "EnableInterContainerTrafficEncryption": settings.sagemaker_instances > 1,
+        }
+
+
+@dataclass(slots=True)
+class _Following:
+    """What a try's jobs leave in S3, as far as it was told."""
+
+    objects: ObjectStore
+    folder: str
+    """`models/<request id>/sagemaker/<round>-<try>`."""
+    request: Json
+    tell: Progress
+    step: int | None = None
+    """Of the newest checkpoint."""
+    progress: str = ""
+    """The version of progress.json."""
+
+    @property
+    def stop(self) -> Path:
+        return Path(self.request["stop"])
+
+    async def pass_on(self) -> None:
+        """Tell what is new, and delete what is old. Checkpoints of before the first look are no news."""
+        partials: dict[int, str] = {}
+        async for item in self.objects.list(f"{self.folder}/checkpoints/"):
+            name = item.key.rpartition("/")[2]
+            if name == "progress.json" and item.etag != self.progress:
+                self.tell(json.loads(await self.objects.get(item.key)))
+                self.progress = item.etag
+            elif found := PARTIAL.fullmatch(name):
+                partials[int(found[1])] = item.key
+        newest = max(partials, default=0)
+        if self.step is not None and newest > self.step:
+            path = Path(self.request["out"]) / f"partial.{newest}.pt"
+            await self.objects.download(partials[newest], path)
+            self.tell({"checkpoint": str(path), "step": newest})
+        self.step = newest
+        for step in partials.keys() - {newest}:
+            await self.objects.delete(partials[step])
+
+    async def returned(self, job: str) -> Json | None:
+        """Return the reply of a job that ended well, and put its checkpoint in place; None where it had paused."""
+        out = Path(self.request["out"])
+        await self.objects.download(f"{self.folder}/output/{job}/output/model.tar.gz", out / "model.tar.gz")
+        await asyncio.to_thread(_unpack, out / "model.tar.gz", out)
+        reply: Json = json.loads((out / "reply.json").read_bytes())
+        return None if reply.get("outcome") == "paused" else reply
+
+
+def _channel(name: str, uri: str) -> Json:
+    source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
+    return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
+
+
+def _unpack(archive: Path, out: Path) -> None:
+    """Write the files that are expected, and nothing else."""
+    with tarfile.open(archive) as members:
+        for member in members:
+            name = member.name.removeprefix("./")
+            if name in RETURNED and (content := members.extractfile(member)) is not None:
+                with content, (out / name).open("wb") as file:
+                    while block := content.read(1024 * 1024):
+                        file.write(block)
+    archive.unlink()
+
+
+def _failure_of(told: Json) -> ChildFailed:
+    if told.get("SecondaryStatus") in {"MaxRuntimeExceeded", "MaxWaitTimeExceeded"}:
+        return ChildFailed("deadline")
+    if found := FAILURE.search(told.get("FailureReason", "")):
+        return ChildFailed(found[1], found[2] or "", found[3] or "")
+    return ChildFailed("crashed", told["TrainingJobStatus"])
+
+
+@contextlib.contextmanager
+def _aws_errors() -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        raise Unavailable(f"SageMaker: {error.response['Error']['Code']}") from None
+    except (BotoCoreError, aiohttp.ClientError, OSError) as error:
+        raise Unavailable(f"SageMaker: {type(error).__name__}") from None

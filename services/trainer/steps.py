@@ -1,0 +1,178 @@
+"""The steps of a training as commands, for a workflow runner that drives the loop instead of the queue.
+
+    python -m services.trainer.steps load --request ID --asked '{"dataset": "chest", "threshold": 2}'
+    python -m services.trainer.steps train|evaluate|modify|generate|report --request ID
+
+Each works on the records that the service works on, under the same lease, so either can go on where the other ended,
+and a step that is run again goes on where it was, or finds that there is nothing left to do. Its reply is a JSON
+object, printed with `--json` and stored as `models/<id>/step.json` for runners that see no output. Its `next` names the
+step to come, null after the last:
+
+    load -> modify -> train -> evaluate -> modify -> … -> generate -> report
+
+| exit code | meaning |
+|---|---|
+| 0 | done, or nothing to do |
+| 2 | a setting or an argument is wrong |
+| 65 | it cannot work: `reason` says why |
+| 75 | to be run again: `reason`; what was trained is stored |
+| 1 | a bug, in the log |
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+from pydantic import ValidationError
+
+from services.trainer.__main__ import ports_of
+from services.trainer.handler import accept, announce_completion, claimed, generate
+from services.trainer.loading import loaded
+from services.trainer.records import StoredCompletion, StoredFailure, StoredOptions
+from services.trainer.rounds import announce, evaluate, first_config, modify, train, trained_of
+from services.trainer.run import Ports, Run
+from services.trainer.settings import TrainerSettings
+from shared.aws import Aws
+from shared.child import Json
+from shared.errors import Continue, Unavailable, Unprocessable
+from shared.messages import TrainingRequest
+from shared.metrics import Metrics
+from shared.once import stored
+from shared.service import run as run_service
+
+Step = Callable[[Run], Awaitable[StoredCompletion | Json]]
+
+
+async def perform(step: str, request_id: str, asked: Json | None, ports: Ports) -> tuple[int, Json]:
+    """Do a step; returns the exit code and the reply. `asked` holds the fields of a new request."""
+    try:
+        reply = await _perform(step, request_id, asked, ports)
+    except Unprocessable as refused:
+        return os.EX_DATAERR, {"step": step, "reason": refused.reason_code}
+    except (Continue, Unavailable) as error:
+        return os.EX_TEMPFAIL, {"step": step, "reason": str(error) or "stopped"}
+    reply = {"step": step, **reply}
+    await ports.objects.put(f"models/{request_id}/step.json", json.dumps(reply).encode())
+    return os.EX_DATAERR if "reason" in reply else os.EX_OK, reply
+
+
+async def _perform(step: str, request_id: str, asked: Json | None, ports: Ports) -> Json:
+    folder = f"models/{request_id}"
+    if asked is not None:
+        if asked.keys() - TrainingRequest.model_fields.keys():  # a message may have such, from a later version
+            raise Unprocessable("invalid_request")
+        try:
+            request = TrainingRequest.model_validate({**asked, "request_id": request_id})
+        except ValidationError:
+            raise Unprocessable("invalid_request") from None
+        await accept(request, asked_at=ports.clock(), ports=ports)
+    options = await stored(ports.objects, f"{folder}/options.json", StoredOptions)
+    if options is None:
+        raise Unprocessable("unknown_request")
+    done = await claimed(options.request, STEPS[step], asked_at=options.time or ports.clock(), ports=ports)
+    if done is None:
+        failure = await stored(ports.objects, f"{folder}/failure.json", StoredFailure)
+        return {"next": None, "reason": failure.told.reason_code if failure else "failed"}
+    if not isinstance(done, StoredCompletion):
+        return done
+    if step != "report":
+        return {"next": "report"}
+    await announce_completion(done, ports=ports)
+    return {"next": None, **done.told.model_dump(mode="json", include={"approved", "rounds", "generator_key"})}
+
+
+async def _load(run: Run) -> Json:
+    await first_config(run)
+    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings):
+        return {"next": "modify"}
+
+
+async def _modify(run: Run) -> Json:
+    plan = await modify(run)
+    if plan is None:
+        return {"next": "generate"}
+    return {"next": "train", "round": plan.round, "rule": plan.rule, "changes": plan.changes}
+
+
+async def _train(run: Run) -> Json:
+    plan = await modify(run)
+    if plan is None:
+        return {"next": "generate"}
+    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings) as images:
+        trained = await train(run, plan, images)
+    if trained is None:
+        return {"next": "modify", "round": plan.round, "diverged": True}
+    return {"next": "evaluate", "round": plan.round, "steps": trained.step}
+
+
+async def _evaluate(run: Run) -> Json:
+    plan = await modify(run)
+    trained = await trained_of(run, plan) if plan is not None else None
+    if plan is None or trained is None:  # this was done before, but it may not have been told
+        for done in (await run.rounds())[-1:]:
+            await announce(run, done)
+        return {"next": "modify"}
+    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings) as images:
+        judged = await evaluate(run, plan, trained, images)
+    if judged is None:
+        return {"next": "modify", "round": plan.round, "diverged": True}
+    told = judged.told
+    return {
+        "next": "modify",
+        "round": plan.round,
+        "relative_fd": told.evaluation.relative_fd,
+        "approved": told.approved,
+    }
+
+
+async def _generate(run: Run) -> StoredCompletion | Json:
+    return {"next": "train"} if await modify(run) is not None else await generate(run)
+
+
+async def _report(_: Run) -> Json:
+    return {"next": "modify"}  # there is no end to report yet
+
+
+STEPS: dict[str, Step] = {
+    "load": _load,
+    "train": _train,
+    "evaluate": _evaluate,
+    "modify": _modify,
+    "generate": _generate,
+    "report": _report,
+}
+
+
+def _fields(text: str) -> Json:
+    fields: Json = json.loads(text)
+    if not isinstance(fields, dict):
+        raise argparse.ArgumentTypeError("not a JSON object")
+    return fields
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do the step that the command line names, and exit."""
+    parser = argparse.ArgumentParser(prog="python -m services.trainer.steps", description="One step of a training.")
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--request", required=True, metavar="ID", help="the training's id")
+    parser.add_argument("--asked", type=_fields, metavar="JSON", help="what to train, for the first step")
+    parser.add_argument("--json", action="store_true", help="print the reply as JSON")
+    given = parser.parse_args(arguments)
+    code = os.EX_SOFTWARE
+
+    async def serve(settings: TrainerSettings, aws: Aws, _: Metrics, stop: asyncio.Event) -> None:
+        nonlocal code
+        async with ports_of(settings, aws, stop) as ports:
+            code, reply = await perform(given.step, given.request, given.asked, ports)
+        told = reply.get("reason") or (f"next is {reply['next']}" if reply["next"] else "the end")
+        sys.stdout.write(json.dumps(reply) + "\n" if given.json else f"{given.step}: {told}\n")
+
+    run_service("trainer", TrainerSettings, serve)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
