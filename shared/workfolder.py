@@ -1,6 +1,7 @@
 """A folder for temporary files that is gone when its process is, however it ended: patients' images lie there."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -58,3 +59,9 @@ def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator
         yield
     finally:
         os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

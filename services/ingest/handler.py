@@ -1,7 +1,6 @@
 """The journey of an upload: fetch it, take it or refuse it, and have its series looked at when it is quiet."""
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from shared.errors import Unprocessable
 from shared.log import get_logger
 from shared.messages import CreatedObject, Name, ObjectsCreated, RejectedUpload, UploadRejected, sha256_of
 from shared.objects import ObjectMissing
+from shared.workfolder import sha256_of_file
 
 INCOMING = "incoming"
 DEFAULT_DATASET = "default"
@@ -229,7 +229,7 @@ async def _reject(created: CreatedObject, dataset: str, rejected: Rejected, path
     if path is None:
         object_sha256 = await ports.objects.sha256(created.key)
     else:
-        object_sha256 = await asyncio.to_thread(_sha256_of_file, path)
+        object_sha256 = await asyncio.to_thread(sha256_of_file, path)
     folder = f"quarantine/{object_sha256}"
     reason = {
         "reason_code": rejected.reason_code,
@@ -251,8 +251,3 @@ async def _reject(created: CreatedObject, dataset: str, rejected: Rejected, path
     )
     await ports.publish(UploadRejected.of(object_sha256, told, time=created.time))
     log.info("upload.rejected", dataset=dataset, reason_code=rejected.reason_code, key_sha256=key_sha256)
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 Theory of operation. The training process saves a file now and then, and tells its path. Here it is uploaded under a
 name of its own, and then a pointer, a small record that is changed by compare-and-swap alone, is moved to it; what the
 pointer left is deleted. So the pointer never names what is not there, and whoever is killed loses what was done since.
+A checkpoint that is not as it was saved is left alone, and the round begins anew.
 
 The pointer carries the epoch of the lease of who moved it. A worker that takes over first writes its own epoch into the
 pointer: from then on a former owner, which may not know yet that it lost the lease, cannot move it any more, and
@@ -20,6 +21,7 @@ from shared.child import Json
 from shared.errors import Claimed, Unavailable
 from shared.log import get_logger
 from shared.objects import ObjectMissing, ObjectStore
+from shared.workfolder import sha256_of_file
 
 log = get_logger()
 
@@ -52,10 +54,13 @@ class Checkpoints:
         return self.pointer.step if self.pointer is not None else 0
 
     async def download(self, path: Path) -> bool:
-        """Fetch the last one; tells whether there is any."""
+        """Fetch the last one; tells whether there is any that is as it was saved."""
         if self.pointer is None:
             return False
         await self.objects.download(self.pointer.key, path)
+        if await asyncio.to_thread(sha256_of_file, path) != self.pointer.sha256:
+            log.warning("training.checkpoint_damaged", step=self.pointer.step)
+            return False
         return True
 
     def told(self, progress: Json) -> None:
@@ -98,7 +103,8 @@ class Checkpoints:
 
     async def _store_one(self, path: Path, step: int) -> None:
         key = f"{self.folder}/partial.{self.number}.{self.epoch}.{step}.pt"
-        pointer = StoredPartial(epoch=self.epoch, step=step, key=key)
+        sha256 = await asyncio.to_thread(sha256_of_file, path)
+        pointer = StoredPartial(epoch=self.epoch, step=step, key=key, sha256=sha256)
         try:
             await self.objects.upload(path, pointer.key)
             await self._point_to(pointer)

@@ -41,6 +41,7 @@ from shared.log import get_logger
 from shared.messages import TrainingRequest
 from shared.objects import ObjectMissing, ObjectStore
 from shared.once import store_once, stored
+from shared.workfolder import sha256_of_file
 
 DOWNLOADS = 8
 """Arrays, or sidecars, that are fetched at the same time."""
@@ -166,11 +167,11 @@ async def _fetched(arrays: Sequence[Array], copies: Path, source: Source) -> lis
 
     async def fetch(array: Array) -> Array:
         path = _copy_of(array, copies)
-        if array.sha256 and path.exists() and await asyncio.to_thread(_sha256, path) == array.sha256:
+        if array.sha256 and path.exists() and await asyncio.to_thread(sha256_of_file, path) == array.sha256:
             return array
         part = path.with_suffix(f".{uuid.uuid4().hex}{PART}")
         await source.download(array.key, part)
-        sha256 = await asyncio.to_thread(_sha256, part)
+        sha256 = await asyncio.to_thread(sha256_of_file, part)
         if array.sha256 not in {"", sha256}:
             (copies / MANIFEST).unlink(missing_ok=True)  # the next training of this listing looks anew
             raise CannotTrain("array_changed")
@@ -189,11 +190,6 @@ async def _fetched(arrays: Sequence[Array], copies: Path, source: Source) -> lis
 
 def _copy_of(array: Array, copies: Path) -> Path:
     return copies / f"{_hash_of(array.key)}.npy"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kept(copies: Path) -> Manifest | None:

@@ -52,6 +52,7 @@ class StoredPartial(_Stored):
     """Of the lease of who wrote this."""
     step: int
     key: str
+    sha256: str
 
 
 class StoredTrained(_Stored):

@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import torch
 
@@ -9,6 +11,10 @@ from tests.trainer.trainers import TINY, document, requested
 
 STEPS = 100
 """Enough for a kill at a checkpoint to come before the end of the round."""
+
+
+def sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
 
 
 def same(one, other) -> bool:
@@ -63,6 +69,20 @@ async def test_a_stopped_service_saves_and_gives_the_message_back(objects, start
     assert same(weights, await uninterrupted(second, dataset))
 
 
+async def test_a_damaged_checkpoint_costs_its_round_and_no_more(objects, start, dataset):
+    """Half of a checkpoint is not gone on from: the round begins anew, and ends with the same model."""
+    asked, first, second = in_steps(dataset), start(objects), start(objects)
+    first.worker.on_checkpoint = first.stop.set
+    with pytest.raises(Continue):
+        await first.handle(asked, checkpoint_s=0.01)
+    partial = await document(objects, f"models/{asked.data.request_id}/rounds/1/partial.0.json")
+    body = await objects.get(partial["key"])
+    await objects.put(partial["key"], body[: len(body) // 2])
+    await second.handle(asked)
+
+    assert same(await second.weights(), await uninterrupted(second, dataset))
+
+
 async def test_a_worker_that_lost_its_lease_moves_no_pointer_and_deletes_nothing(objects, tmp_path):
     """Who takes over goes on from the last checkpoint; what the former owner still saves is not pointed to."""
     folder = f"models/{tmp_path.name}/rounds/1"
@@ -77,9 +97,9 @@ async def test_a_worker_that_lost_its_lease_moves_no_pointer_and_deletes_nothing
     await saved(owner, tmp_path, step=15)
     moved = await document(objects, f"{folder}/partial.0.json")
 
-    assert pointer == {"epoch": 2, "step": 10, "key": f"{folder}/partial.0.1.10.pt"}
+    assert pointer == {"epoch": 2, "step": 10, "key": f"{folder}/partial.0.1.10.pt", "sha256": sha256(b"10")}
     assert (fetched, body) == (True, b"10")
-    assert moved == {"epoch": 2, "step": 15, "key": f"{folder}/partial.0.2.15.pt"}
+    assert moved == {"epoch": 2, "step": 15, "key": f"{folder}/partial.0.2.15.pt", "sha256": sha256(b"15")}
     assert not await objects.exists(pointer["key"])
     with pytest.raises(Claimed):
         await former.take()
@@ -100,7 +120,7 @@ async def test_a_pointer_that_a_former_owner_moved_late_is_taken_over_where_it_i
     monkeypatch.setattr(objects, "put_if_match", put_late)
     await owner.take()
 
-    assert owner.pointer == StoredPartial(epoch=2, step=20, key=f"{folder}/partial.0.1.20.pt")
+    assert owner.pointer == StoredPartial(epoch=2, step=20, key=f"{folder}/partial.0.1.20.pt", sha256=sha256(b"20"))
     assert await owner.download(tmp_path / "fetched.pt")
 
 
