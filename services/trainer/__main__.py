@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 
+from services.trainer.copies import prepare
 from services.trainer.extractor import fetch_extractor
 from services.trainer.handler import handle
 from services.trainer.run import Ports, Worker
@@ -42,6 +43,7 @@ async def serve(settings: TrainerSettings, aws: Aws, metrics: Metrics, stop: asy
 @asynccontextmanager
 async def ports_of(settings: TrainerSettings, aws: Aws, stop: asyncio.Event) -> AsyncIterator[Ports]:
     """Open what the trainer needs of the world; its process ends with the block."""
+    prepare(settings.copies)
     argv = (*TOGETHER, str(settings.processes)) if settings.engine == "torchrun" else WORKER
     local = Child(argv, limits=Limits(memory_bytes=settings.memory_bytes), env=WORKER_ENVIRONMENT)
     objects = ObjectStore(aws.s3, settings.bucket)

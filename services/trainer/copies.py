@@ -10,10 +10,12 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
+from shared.config import Misconfigured
 from shared.errors import Unavailable
 from shared.workfolder import locked
 
@@ -21,6 +23,17 @@ NAME = re.compile(r"[0-9a-f]{64}")
 """Of a folder of copies: whatever else lies beside them is left alone."""
 PART = ".part"
 """Suffix of a file that is being fetched."""
+
+
+def prepare(cache: Path) -> None:
+    """Try the folder of all copies before work begins. Raises `Misconfigured` where files cannot be written there."""
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0, "unknown")
+        raise Misconfigured(f"RADQUEUE_CACHE_DIR: no file can be written there ({code}).") from None
 
 
 @asynccontextmanager

@@ -79,8 +79,7 @@ async def loaded(
     else:
         listing_hash = begun_with.listing_hash or _hash_of(begun_with.model_dump(mode="json"))
 
-    cache = settings.cache_dir or settings.work_dir / "datasets"
-    async with kept_copies(cache, listing_hash, limit_bytes=settings.cache_bytes) as copies:
+    async with kept_copies(settings.copies, listing_hash, limit_bytes=settings.cache_bytes) as copies:
         manifest = begun_with or _kept(copies)
         if manifest is None:
             arrays = await _described(listed, source)

@@ -62,6 +62,11 @@ class TrainerSettings(ServiceSettings):
     tensorboard: bool = False
     """Write the rounds of a training as a TensorBoard log, too; needs the extra `tensorboard`."""
 
+    @property
+    def copies(self) -> Path:
+        """Return where copies of datasets are kept."""
+        return self.cache_dir or self.work_dir / "datasets"
+
     @field_validator("tensorboard")
     @classmethod
     def _installed(cls, wanted: bool) -> bool:  # noqa: FBT001 - pydantic calls it so

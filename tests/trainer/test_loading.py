@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 
 from services.trainer import loading, rounds, sources
-from services.trainer.copies import kept_copies
+from services.trainer.copies import kept_copies, prepare
 from services.trainer.dataset import Manifest
 from services.trainer.images import load_images
 from services.trainer.loading import loaded
 from services.trainer.reasons import REASONS, CannotTrain, explained
 from services.trainer.settings import TrainerSettings
+from shared.config import Misconfigured
 from shared.errors import Unavailable
 from shared.messages import TrainingRequest
 from shared.objects import ObjectStore
+from shared.workfolder import sha256_of_file
 
 ANYWHERE = "s3:// memory:// http://"
 
@@ -132,7 +134,7 @@ async def test_a_second_training_of_the_same_images_fetches_nothing(machine, dat
     assert (second[1]["train"] == first[1]["train"]).all()
     assert [array.n for array in manifest.arrays] == [8] * 4
     assert {array.sha256 for array in manifest.arrays} == {
-        loading._sha256(path) for path in map(Path, first[0]["train"] + first[0]["held_out"])
+        sha256_of_file(path) for path in map(Path, first[0]["train"] + first[0]["held_out"])
     }
     assert {Path(path).parent.name for path in first[0]["train"]} == {manifest.listing_hash}
     assert machine.work_dir.joinpath("datasets").stat().st_mode & 0o77 == 0
@@ -285,6 +287,17 @@ async def test_another_bucket_is_read_with_the_same_rights(machine, objects):
         await machine.look("d", data_uri=f"s3://{bucket}-2/brains/t1")
     with pytest.raises(CannotTrain, match="no_data"):
         await machine.look("d", data_uri=f"s3://{bucket}/brains/t")
+
+
+def test_a_cache_that_cannot_be_written_is_told_at_the_start(tmp_path):
+    """The folder is made where it can be; otherwise the setting is named, and no path."""
+    prepare(tmp_path / "new" / "cache")
+    (tmp_path / "file").touch()
+    with pytest.raises(Misconfigured, match=r"RADQUEUE_CACHE_DIR: .* \(ENOTDIR\)") as told:
+        prepare(tmp_path / "file" / "x")
+
+    assert list((tmp_path / "new" / "cache").iterdir()) == []
+    assert str(tmp_path) not in str(told.value)
 
 
 async def test_an_http_server_is_read_where_it_is_allowed(machine, tmp_path):
