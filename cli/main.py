@@ -244,6 +244,9 @@ def train(
     min_coverage: Annotated[
         float | None, typer.Option(help="Approved only with this share of the coverage of other real images.")
     ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="What chooses the parameters of a further round: rules, or optuna.")
+    ] = None,
     max_rounds: Annotated[int | None, typer.Option(help="Give up after so many rounds.")] = None,
     images: Annotated[int | None, typer.Option(help="How many images to generate.")] = None,
     overrides: Annotated[
@@ -277,6 +280,7 @@ def train(
         classes=orders.parse_classes(classes or []),
         metric=metric,
         min_coverage=min_coverage,
+        strategy=strategy,
     )
     client = Client(context.obj)
     orders.require_same(client, request)

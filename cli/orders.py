@@ -191,6 +191,7 @@ def training_request(
     classes: dict[str, str] | None = None,
     metric: str | None = None,
     min_coverage: float | None = None,
+    strategy: str | None = None,
 ) -> TrainingRequest:
     """Make a request; what is None is left to the contract's defaults.
 
@@ -207,7 +208,7 @@ def training_request(
     identity = request_id or f"{dataset}-{now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     asked: dict[str, object] = {"threshold": threshold, "max_rounds": max_rounds, "n_images": n_images}
     asked |= {"overrides": overrides, "data_uri": data_uri, "classes": classes}
-    asked |= {"metric": metric, "min_coverage": min_coverage}
+    asked |= {"metric": metric, "min_coverage": min_coverage, "strategy": strategy}
     given = {name: value for name, value in asked.items() if value is not None}
     try:
         return TrainingRequest.model_validate({"request_id": identity, "dataset": dataset, **given})

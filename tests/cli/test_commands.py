@@ -75,6 +75,7 @@ def received(local_aws):
         ("train", "--dataset", "a/b"),
         ("train", "--dataset", "d", "--request-id", "a b"),
         ("train", "--dataset", "d", "--metric", "kid"),
+        ("train", "--dataset", "d", "--strategy", "luck"),
         ("train", "--dataset", "d", "--class", "a=x", "--class", "a=y"),
         ("generate", "m", "--out", "x", "--seed", str(2**63)),
         ("report", "2026-13"),
