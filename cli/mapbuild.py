@@ -93,6 +93,9 @@ def build(
         BrokenMap: the folder is no application.
         EngineFailed: the build failed.
     """
+    entry = entry_of(folder) if folder.is_dir() else None
+    if entry is None:
+        raise BrokenMap(f"{folder} is no application: it holds neither app.py nor __main__.py.")
     date = int(environ.get("SOURCE_DATE_EPOCH") or DATE)
     if install and not (folder / "requirements.txt").is_file():
         say(f"there is no requirements.txt in {folder}: nothing is installed, and the program has what {base} has")
@@ -100,7 +103,9 @@ def build(
     with tempfile.TemporaryDirectory(prefix="radqueue-map-") as temporary:
         place = context or Path(temporary, "context")
         pinned = _pinned(base, engine, buildah, say)
-        write_context(place, folder, tag, base=pinned, models=models, timeout_s=timeout_s, install=install, date=date)
+        write_context(
+            place, folder, entry, tag, base=pinned, models=models, timeout_s=timeout_s, install=install, date=date
+        )
         if engine is None and buildah is None:
             if context is None:
                 raise EngineFailed(
@@ -120,6 +125,7 @@ def build(
 def write_context(
     context: Path,
     folder: Path,
+    entry: Path,
     tag: str,
     *,
     base: str,
@@ -128,14 +134,7 @@ def write_context(
     install: bool,
     date: int,
 ) -> None:
-    """Write all that an image is built of, with the `Dockerfile`, into a new folder.
-
-    Raises:
-        BrokenMap: the folder is no application.
-    """
-    entry = entry_of(folder)
-    if entry is None or not folder.is_dir():
-        raise BrokenMap(f"{folder} is no application: it holds neither app.py nor __main__.py.")
+    """Write all that an image is built of, with the `Dockerfile`, into a new folder; `entry` starts the program."""
     found = models or models_of(folder)
     source_digest = digest_of(folder, *([found] if found is not None and not found.is_relative_to(folder) else []))
     config = folder / "app.yaml"

@@ -332,6 +332,8 @@ def _read_cuda_runtime(answer: Answer, found: Map) -> Iterator[Finding]:
 def _read_application(answer: Answer, _: Map) -> Iterator[Finding]:
     if "error" in answer:
         remedy = "Mend what the line says, or install what is missing."
+        if answer["error"].startswith("NoApplication"):
+            remedy = "Name one Application in its entry; what has none is checked, and served, with isolation process."
         yield Finding("application", "error", f"{answer['error']} ({answer['where']})", remedy)
     else:
         yield Finding("application", "ok", f"imports, and defines {answer['name']}")

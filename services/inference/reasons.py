@@ -3,7 +3,7 @@
 REASONS = {
     # Of the run.
     "application_error": (
-        "the application raised an exception",
+        "the application raised an exception, or ended with an exit code other than 0",
         "Mend the application at that place; its log says more.",
     ),
     "deadline": (

@@ -161,7 +161,7 @@ def test_a_map_that_failed_tells_why_where_and_what_to_do(client, bucket, upload
     assert second["log"] == client.url(f"{prefix}{other}/attempts/one/log.txt")
     show.journey(journey)
     printed = capsys.readouterr().out
-    assert "failed: a_map: application_error (KeyError app.py:12): the application raised an exception." in printed
+    assert "failed: a_map: application_error (KeyError app.py:12): the application raised an exception" in printed
     assert REASONS["application_error"][1] in printed
     assert first["log"] in printed
 

@@ -183,7 +183,7 @@ def test_a_map_that_fails_by_hand_fails_the_command(study, tmp_path):
 
     assert (failed.returncode, wrote_nothing.returncode) == (1, 1)
     assert re.match(r"application_error in [0-9.]+ s on cpu: KeyError app\.py:1\n", failed.stdout)
-    assert "the application raised an exception. Mend the application at that place" in failed.stdout
+    assert "exit code other than 0. Mend the application at that place" in failed.stdout
     assert "--log FILE writes what it prints" in failed.stdout
     assert wrote_nothing.stdout.startswith("no_output in ")
 
