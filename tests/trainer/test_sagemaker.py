@@ -88,6 +88,7 @@ async def test_a_job_outlives_its_service(by_jobs, sagemaker, objects, start, da
     assert same(await second.weights(), await local.weights())
 
 
+@pytest.mark.slow
 async def test_a_job_that_ends_early_is_gone_on_from(by_jobs, sagemaker, objects, start, dataset):
     """After one that somebody stopped and one whose process died the next goes on from the last checkpoint."""
     trainer, local = by_jobs(), start(objects)
