@@ -39,8 +39,8 @@ REAL_ARRAYS = 8
 LEGENDS = {"ct_tissues": "labels are HU classes: contrast in vessels above 200 HU counts as bone"}
 """What to know of a MAP's labels before looking at them."""
 
-TRAINING: dict[str, Any] = {"overrides": {"steps": 60}, "threshold": 2.6, "max_rounds": 8, "n_images": 64}
-"""Short rounds and a strict threshold, so that the training is seen to be judged, changed and continued."""
+TRAINING: dict[str, Any] = {"threshold": 2.6, "max_rounds": 5, "n_images": 64}
+"""A strict threshold, so that the training is seen to be judged, changed and continued."""
 
 INGEST_TIMEOUT_S = 600.0
 TRAINING_TIMEOUT_S = 900.0
