@@ -325,7 +325,7 @@ class Training:
     def look(self) -> None:
         """Bring everything up to date."""
         while (done := self._client.get_json(self._round_key(len(self.rounds) + 1))) is not None:
-            self.rounds.append(done["told"] | {"rule": done["rule"]})
+            self.rounds.append(done["told"])
         self._look_into_the_round()
         if (completed := self._client.get_json(f"{self._folder}/completed.json")) is not None:
             self.completion = completed["told"]

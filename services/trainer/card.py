@@ -133,7 +133,7 @@ def model_card(described: Json, rounds: Sequence[StoredRound]) -> str:
             lines += ["", f"With fewer than {CALIBRATED_BY} held-out images only plain copies are found."]
     lines += ["", "## Rounds", "", "| round | steps | relative distance | rule | approved |", "|---|---|---|---|---|"]
     lines += [
-        f"| {done.told.round} | {done.told.steps} | {done.told.evaluation.relative_fd:.3f} | {done.rule} "
+        f"| {done.told.round} | {done.told.steps} | {done.told.evaluation.relative_fd:.3f} | {done.told.rule} "
         f"| {'yes' if done.told.approved else 'no'} |"
         for done in rounds
     ]

@@ -165,11 +165,10 @@ def main() -> None:
     if machines:
         n_machines, number, first = machines
         where = [f"--nnodes={n_machines}", f"--node-rank={number}", f"--master-addr={first}", f"--master-port={PORT}"]
-    n_processes = int(n) or max(1, torch.cuda.device_count())
     run.main(
         [
             *where,
-            f"--nproc-per-node={n_processes}",
+            f"--nproc-per-node={int(n) or max(1, torch.cuda.device_count())}",
             "--signals-to-handle=SIGHUP,SIGQUIT",
             "-m",
             "services.trainer.worker",

@@ -70,7 +70,7 @@ def generate(
     folder = Path(out)
     parameters = TrainingConfig.of(read_config(Path(config).read_text(encoding="utf-8")))
     state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    generator = _generator(parameters, state["average"])
+    generator = generator_of(parameters, state["average"])
     torch.save(generator.state_dict(), folder / "generator.pt")
     sha256 = hashlib.sha256((folder / "generator.pt").read_bytes()).hexdigest()
 
@@ -111,7 +111,7 @@ def load_generator(weights: Path, description: Json) -> Generator:
         raise WrongModel(f"{weights.name} is not the file that generator.json describes: its sha256 differs")
     try:
         parameters = TrainingConfig.of(description["config"])
-        return _generator(parameters, torch.load(io.BytesIO(body), map_location="cpu", weights_only=True))
+        return generator_of(parameters, torch.load(io.BytesIO(body), map_location="cpu", weights_only=True))
     except (KeyError, ValueError, RuntimeError) as error:
         raise WrongModel(f"generator.json does not fit this version of radqueue ({type(error).__name__})") from None
 
@@ -223,8 +223,8 @@ def save_zip(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
             archive.writestr(zipfile.ZipInfo(name, EPOCH), body, zipfile.ZIP_DEFLATED)
 
 
-def _generator(parameters: TrainingConfig, weights: dict[str, Tensor]) -> Generator:
-    """Build the network that weights belong to; how many classes it has is seen from them."""
+def generator_of(parameters: TrainingConfig, weights: dict[str, Tensor]) -> Generator:
+    """Build the network that weights belong to, not to be trained; how many classes it has is seen from them."""
     n_classes = len(weights["classes.weight"]) if "classes.weight" in weights else 0
     generator = Generator(parameters, n_classes)
     generator.load_state_dict(weights)

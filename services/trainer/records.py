@@ -74,10 +74,8 @@ class StoredRound(StoredTrained):
     told: TrainingRound
     time: AwareDatetime
     images_key: str
-    rule: str
     continued_from: int
     n_features: int
-    warnings: tuple[str, ...]
 
     def observation(self) -> Observation:
         """Return what the policy looks at."""

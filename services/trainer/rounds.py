@@ -212,10 +212,8 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
         told=told,
         time=run.ports.clock(),
         images_key=images_key,
-        rule=plan.rule,
         continued_from=plan.continue_from,
         n_features=reply["evaluation"]["d"],
-        warnings=told.evaluation.warnings,
     )
     if policy.accepts(done.observation(), goal_of(run.request)):
         done = done.model_copy(update={"told": told.model_copy(update={"approved": True})})
@@ -228,7 +226,7 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
         round=plan.round,
         relative_fd=done.told.evaluation.relative_fd,
         approved=done.told.approved,
-        warnings=done.warnings,
+        warnings=done.told.evaluation.warnings,
         duration_s=done.told.duration_s,
     )
 

@@ -198,8 +198,7 @@ def evaluate_round(
     if extractor is not None:
         space = load_extractor(Path(extractor["path"]), extractor["sha256"], size=extractor["size"], device=where)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    average = Generator(parameters, state["n_classes"]).to(where).eval()
-    average.load_state_dict(state["average"])
+    average = products.generator_of(parameters, state["average"]).to(where)
 
     # As many of each class as the real images have that they are compared with.
     judged = _generate(average, EVALUATED_PER_HELD_OUT * len(unseen), EVALUATION_SEED, where, labels)
