@@ -77,8 +77,11 @@ def generate(
     described = _described(model / DESCRIPTION)
     try:
         generator = products.load_generator(model / WEIGHTS, described)
+        units = Units.of(described.get("units"))
     except products.WrongModel as wrong:
         raise Refused(str(wrong)) from None
+    except ValueError as error:
+        raise Refused(f"{DESCRIPTION} is damaged: {error}; fetch the model again") from None
     classes, chosen_seed = described.get("classes", []), described.get("seed", 0) if seed is None else seed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     labels = products.labels_of(generator, n, _label(class_name, classes))
@@ -93,8 +96,7 @@ def generate(
     elif form is Format.PNG:
         paths = _written(out, products.names_of(titles, ".png"), products.pngs(images), told)
     else:
-        units, origin = Units.of(described.get("units", {})), Origin(described["sha256"], chosen_seed)
-        made = products.captures(images, titles, units, origin)
+        made = products.captures(images, titles, units, Origin(described["sha256"], chosen_seed))
         paths = _written(out, products.names_of(titles, ".dcm"), made, told)
     return {
         "model": described.get("request_id"),

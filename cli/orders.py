@@ -16,6 +16,7 @@ from cli.journey import outcome_of
 from services.inference.records import result_prefix
 from services.trainer import config
 from services.trainer.jsconfig import read_config
+from services.trainer.policy import METRICS
 from services.trainer.reasons import explained
 from shared.dicom import is_uid
 from shared.messages import (
@@ -31,7 +32,6 @@ from shared.messages import (
 
 POLL_S = 1.0
 TENTHS = 10
-METRICS = {"relative_fd": "relative distance", "distance": "distance", "kid": "KID"}
 Found = TypeVar("Found")
 Value = int | float | str | bool
 NAME: TypeAdapter[str] = TypeAdapter(Name)
@@ -330,13 +330,13 @@ class Training:
         if (completed := self._client.get_json(f"{self._folder}/completed.json")) is not None:
             self.completion = completed["told"]
             self.state = "approved" if self.approved else "rounds used up"
-            self.why = "" if self.approved else why_not(self.completion["evaluation"], self.request)
+            self.why = self.completion.get("why_not", "")
             return
         failed = self._client.get_json(f"{self._folder}/failure.json")
         if failed is not None and failed != self._earlier_failure:
             code = self.reason_code = failed["told"]["reason_code"]
             self.state = f"failed: {code}"
-            self.why = explained(code, failed["numbers"])
+            self.why = explained(code, failed["told"]["numbers"])
         elif self.rounds or self._client.exists(f"{self._folder}/options.json"):
             self.state = "training"
 
@@ -386,7 +386,7 @@ class Training:
                     "rule": done["rule"],
                     "approved": done["approved"],
                     "duration_s": done["duration_s"],
-                    "why_not": "" if done["approved"] else why_not(done["evaluation"], self.request),
+                    "why_not": done.get("why_not", ""),
                     **done["evaluation"],
                 }
                 for done in self.rounds
@@ -397,21 +397,6 @@ class Training:
 
     def _round_key(self, number: int) -> str:
         return f"{self._folder}/rounds/{number}/evaluation.json"
-
-
-def why_not(evaluation: dict[str, Any], request: TrainingRequest) -> str:
-    """Say why a model was not approved."""
-    made, real = evaluation.get("quality") or {}, evaluation.get("real_quality") or {}
-    value = made.get("kid", float("inf")) if request.metric == "kid" else evaluation[request.metric]
-    reasons = []
-    if (evaluation.get("memorisation") or {}).get("flagged"):
-        reasons.append("its images are copies of images that it was trained on")
-    if value > request.threshold:
-        reasons.append(f"its {METRICS[request.metric]} {value:.3g} is above {request.threshold:g}")
-    if made and real and made["coverage"] < request.min_coverage * real["coverage"]:
-        share = f"{request.min_coverage:g} of the {real['coverage']:.2f} of other real images"
-        reasons.append(f"its coverage {made['coverage']:.2f} is below {share}")
-    return " and ".join(reasons)
 
 
 # Reports.

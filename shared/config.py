@@ -20,15 +20,15 @@ class ServiceSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
-    bucket: str = "radqueue"
+    bucket: str = Field(default="radqueue", min_length=1)
     """The bucket that holds all state."""
-    ingest_queue: str = "radqueue-ingest"
+    ingest_queue: str = Field(default="radqueue-ingest", min_length=1)
     """Name of the queue that receives S3 notifications."""
-    inference_queue: str = "radqueue-inference"
+    inference_queue: str = Field(default="radqueue-inference", min_length=1)
     """Name of the queue of the inference workers."""
-    training_queue: str = "radqueue-training"
+    training_queue: str = Field(default="radqueue-training", min_length=1)
     """Name of the queue of training requests."""
-    reporting_queue: str = "radqueue-reporting"
+    reporting_queue: str = Field(default="radqueue-reporting", min_length=1)
     """Name of the queue of the reporter."""
     slots: int = Field(default=10, ge=1, le=100)
     """Messages handled at the same time."""

@@ -312,6 +312,8 @@ class TrainingRound(_Frozen):
     """Why its parameters were chosen, see services/trainer/policy.py."""
     evaluation: Evaluation
     approved: bool
+    why_not: str = ""
+    """Why it is not approved, in words."""
     config: dict[str, int | float | str | bool]
     config_key: str
     duration_s: float
@@ -323,6 +325,8 @@ class CompletedTraining(_Frozen):
     request_id: Name
     dataset: Name
     approved: bool
+    why_not: str = ""
+    """Why the best model is not approved, in words."""
     rounds: int
     evaluation: Evaluation
     config: dict[str, int | float | str | bool]

@@ -55,6 +55,8 @@ class Round(_Frozen):
     duration_s: float
     evaluation: Evaluation
     approved: bool
+    why_not: str = ""
+    """Why it is not approved, in words."""
     config: dict[str, int | float | str | bool]
 
 
@@ -72,6 +74,8 @@ class Training(_Frozen):
     """All rounds of the training, when it ended; more than `rounds` holds if it began in an earlier month."""
     evaluation: Evaluation | None = None
     """Of the model that was kept; of the last round while running."""
+    why_not: str = ""
+    """Why that one is not approved, in words."""
     config: dict[str, int | float | str | bool] = {}
     """The parameters of that model."""
     generator_key: str | None = None
@@ -323,6 +327,7 @@ def _training(events: list[TrainingRoundCompleted | TrainingCompleted | Training
             rounds=in_turn,
             rounds_used=last_end.rounds,
             evaluation=last_end.evaluation,
+            why_not=last_end.why_not,
             config=last_end.config,
             generator_key=last_end.generator_key,
             images_key=last_end.images_key,
@@ -335,6 +340,7 @@ def _training(events: list[TrainingRoundCompleted | TrainingCompleted | Training
         reason_code=last_end.reason_code if last_end else None,
         rounds=in_turn,
         evaluation=in_turn[-1].evaluation if in_turn else None,
+        why_not=in_turn[-1].why_not if in_turn else "",
         config=in_turn[-1].config if in_turn else {},
     )
 
@@ -348,6 +354,7 @@ def _round(event: TrainingRoundCompleted) -> Round:
         duration_s=told.duration_s,
         evaluation=told.evaluation,
         approved=told.approved,
+        why_not=told.why_not,
         config=told.config,
     )
 

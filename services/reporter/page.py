@@ -13,7 +13,7 @@ from services.reporter.aggregate import MapStatistics, Report, Round, Training, 
 from services.reporter.html import Child, document, el
 from services.reporter.plots import durations_plot, number, relative, rounds_plot, seconds
 from services.reporter.style import CSS
-from shared.messages import Memorisation
+from shared.messages import Evaluation, Memorisation
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -135,13 +135,15 @@ def _training_card(training: Training, png: bytes | None) -> Element:
         el("span", "dataset ", el("code", training.dataset), class_="quiet"),
         el("span", "reason ", el("code", training.reason_code), class_="quiet") if training.reason_code else None,
     )
+    judged = el("p", f"Not approved: {training.why_not}.", class_="note") if training.why_not else None
     picture = _picture(training, png)
     plot = _rounds_figure(training) if training.rounds else None
     figures = [figure for figure in (picture, plot) if figure is not None]
     body = el("div", *figures, class_="pair" if len(figures) > 1 else None)
     if not figures:
         body.append(el("p", "No round was completed in this month.", class_="quiet"))
-    return el("article", header, body, _config_list(training.config), class_="card")
+    table = _rounds_table(training) if training.rounds else None
+    return el("article", header, judged, body, table, _config_list(training.config), class_="card stack")
 
 
 def _picture(training: Training, png: bytes | None) -> Element | None:
@@ -161,7 +163,7 @@ def _rounds_figure(training: Training) -> Element:
     caption = f"{judged.metric} in the space {judged.space}, n = {judged.n:,} images on each side. Floor: real vs real."
     plot = rounds_plot(training.rounds, f"Relative distance of {training.request_id} over its rounds")
     heading = el("h4", "Relative distance by round")
-    return el("div", el("figure", heading, plot, el("figcaption", caption)), _rounds_table(training), class_="stack")
+    return el("figure", heading, plot, el("figcaption", caption))
 
 
 def _rounds_table(training: Training) -> Element:
@@ -185,10 +187,17 @@ def _round_row(done: Round, changed: Sequence[str] | None) -> list[Child]:
         number(found.distance),
         number(found.floor),
         el("b", relative(found.relative_fd), el("span", " ✓", class_="mark") if done.approved else None),
-        f"{found.quality.coverage:.2f}" if found.quality else "-",
+        _coverage(found),
         _copies(found.memorisation),
         el("span", *(el("code", change, class_="change") for change in changed)) if changed else "-",
     ]
+
+
+def _coverage(found: Evaluation) -> str:
+    """Tell which share of real images the generated ones cover, and, behind it, how much other real images do."""
+    if not found.quality:
+        return "-"
+    return f"{found.quality.coverage:.2f}" + (f" of {found.real_quality.coverage:.2f}" if found.real_quality else "")
 
 
 def _copies(found: Memorisation | None) -> Child:

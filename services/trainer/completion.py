@@ -60,6 +60,7 @@ async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> Stored
         request_id=request.request_id,
         dataset=request.dataset,
         approved=chosen.told.approved,
+        why_not=chosen.told.why_not,
         rounds=len(rounds),
         evaluation=chosen.told.evaluation,
         config=chosen.told.config,

@@ -97,13 +97,17 @@ async def claimed(
             async with temporary_folder("training-") as work_dir:
                 return await work(Run(request, folder, epoch, ports, work_dir))
         except CannotTrain as failed:
-            reason_code, numbers = failed.reason_code, failed.numbers
             told = FailedTraining(
-                request_id=request.request_id, dataset=request.dataset, reason_code=reason_code, numbers=numbers
+                request_id=request.request_id,
+                dataset=request.dataset,
+                reason_code=failed.reason_code,
+                numbers=failed.numbers,
             )
-            failure = StoredFailure(told=told, time=ports.clock(), numbers=numbers)
+            failure = StoredFailure(told=told, time=ports.clock())
             await ports.objects.put(f"{folder}/failure.json", failure.model_dump_json(indent=1).encode())
-            log.warning("training.failed", request_id=request.request_id, reason_code=reason_code, **numbers)
+            log.warning(
+                "training.failed", request_id=request.request_id, reason_code=failed.reason_code, **failed.numbers
+            )
             await ports.publish(TrainingFailed.of(request.request_id, told, time=asked_at))
             return None
 

@@ -31,6 +31,8 @@ from typing import Literal, NamedTuple
 from services.trainer.config import MAX_AUGMENTATION, Value
 
 Metric = Literal["relative_fd", "distance", "kid"]
+METRICS: dict[Metric, str] = {"relative_fd": "relative distance", "distance": "distance", "kid": "KID"}
+"""As people call them."""
 Next = Literal["train", "generate"]
 
 NOTICEABLE = 0.1
@@ -191,8 +193,22 @@ def decide(seen: Situation) -> Decision:
 
 
 def accepts(observed: Observation, goal: Goal) -> bool:
-    """Tell whether a model is good enough. One that copies patients never is, however near its images are."""
-    return score(observed, goal) <= goal.threshold and not _flawed(observed, goal)
+    """Tell whether a model is good enough."""
+    return not why_not(observed, goal)
+
+
+def why_not(observed: Observation, goal: Goal) -> str:
+    """Say why a model is not good enough; empty where it is. One that copies patients never is, however near it is."""
+    reasons = []
+    if observed.copies:
+        reasons.append("its images are copies of images that it was trained on")
+    distance = score(observed, goal)
+    if not distance <= goal.threshold:  # Written so that NaN is no good, too.
+        reasons.append(f"its {METRICS[goal.metric]} {distance:.3g} is above {goal.threshold:g}")
+    if _covers_little(observed, goal):
+        covered = f"its coverage is {observed.coverage:.2g} of that of other real images"
+        reasons.append(f"{covered}, below {goal.min_coverage:g}")
+    return " and ".join(reasons)
 
 
 def best_round(history: Sequence[Observation], goal: Goal) -> int:

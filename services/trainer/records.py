@@ -120,8 +120,6 @@ class StoredFailure(_Stored):
 
     told: FailedTraining
     time: AwareDatetime
-    numbers: dict[str, int]
-    """Of `too_little_data`: `n_training` and `n_held_out` images were found, `min_images` are needed of each."""
 
 
 class Sidecar(_Stored):

@@ -215,8 +215,8 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
         continued_from=plan.continue_from,
         n_features=reply["evaluation"]["d"],
     )
-    if policy.accepts(done.observation(), goal_of(run.request)):
-        done = done.model_copy(update={"told": told.model_copy(update={"approved": True})})
+    why_not = policy.why_not(done.observation(), goal_of(run.request))
+    done = done.model_copy(update={"told": told.model_copy(update={"approved": not why_not, "why_not": why_not})})
     await Checkpoints(objects, folder, plan.number, run.epoch).delete()
     done = await store_once(objects, run.evaluation_key(plan.round), done)
     await run.store_state(StoredState(round=plan.round + 1))

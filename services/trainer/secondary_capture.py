@@ -9,9 +9,9 @@ Contributing Equipment (0018,A001) and the name of the patient.
 import hashlib
 import io
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -43,10 +43,14 @@ class Units:
     """Modality values that -1 and 1 stand for, HU in CT; None where the arrays of the dataset differ."""
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Self:
-        """Read what JSON made of one."""
-        low_high = told.get("window")
-        return cls(told.get("modality"), (float(low_high[0]), float(low_high[1])) if low_high else None)
+    def of(cls, told: object) -> Self:
+        """Read what JSON made of one. Raises `ValueError` where it is none."""
+        match told:
+            case {"modality": str() | None as modality, "window": None}:
+                return cls(modality)
+            case {"modality": str() | None as modality, "window": [int() | float() as low, int() | float() as high]}:
+                return cls(modality, (low, high))
+        raise ValueError("no units")
 
     @classmethod
     def common(cls, every: Iterable[Self]) -> Self:

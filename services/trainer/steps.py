@@ -51,7 +51,7 @@ async def perform(step: str, request_id: str, asked: Json | None, ports: Ports) 
     try:
         reply = await _perform(step, request_id, asked, ports)
     except Unprocessable as refused:
-        return os.EX_DATAERR, {"step": step, "reason": refused.reason_code}
+        return os.EX_DATAERR, {"step": step, "reason": refused.reason_code, "fields": refused.detail}
     except (Continue, Unavailable) as error:
         return os.EX_TEMPFAIL, {"step": step, "reason": str(error) or "stopped"}
     reply = {"step": step, **reply}
@@ -62,12 +62,13 @@ async def perform(step: str, request_id: str, asked: Json | None, ports: Ports) 
 async def _perform(step: str, request_id: str, asked: Json | None, ports: Ports) -> Json:
     folder = f"models/{request_id}"
     if asked is not None:
-        if asked.keys() - TrainingRequest.model_fields.keys():  # a message may have such, from a later version
-            raise Unprocessable("invalid_request")
+        if unknown := asked.keys() - TrainingRequest.model_fields.keys():  # a message may have such, of a later version
+            raise Unprocessable("invalid_request", ", ".join(sorted(unknown)))
         try:
             request = TrainingRequest.model_validate({**asked, "request_id": request_id})
-        except ValidationError:
-            raise Unprocessable("invalid_request") from None
+        except ValidationError as error:
+            fields = {str(detail["loc"][0]) for detail in error.errors()}
+            raise Unprocessable("invalid_request", ", ".join(sorted(fields))) from None
         await accept(request, asked_at=ports.clock(), ports=ports)
     options = await stored(ports.objects, f"{folder}/options.json", StoredOptions)
     if options is None:
@@ -168,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         async with ports_of(settings, aws, stop) as ports:
             code, reply = await perform(given.step, given.request, given.asked, ports)
         told = reply.get("reason") or (f"next is {reply['next']}" if reply["next"] else "the end")
+        told += f" ({reply['fields']})" if reply.get("fields") else ""
         sys.stdout.write(json.dumps(reply) + "\n" if given.json else f"{given.step}: {told}\n")
 
     run_service("trainer", TrainerSettings, serve)

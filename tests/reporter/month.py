@@ -142,6 +142,7 @@ def training_completed(
         request_id=request_id,
         dataset="thorax",
         approved=relative_fd <= 2,
+        why_not="" if relative_fd <= 2 else "its relative distance is above 2",
         rounds=rounds,
         evaluation=evaluation(relative_fd),
         config={"learningRate": 2e-4, "batchSize": 16} | config,

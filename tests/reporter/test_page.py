@@ -106,13 +106,23 @@ def test_coverage_and_copies_stand_beside_the_distance():
     values = {"kid": 0.1, "kid_spread": 0.1, "precision": 0.9, "recall": 0.8, "density": 1.0, "sliced_wasserstein": 0.1}
     quality = Quality(coverage=0.74, **values)
     copies = Memorisation(n=100, n_held_out=50, copied_share=0.12, far_nearer_share=0.1, flagged=True)
-    judged = new.data.evaluation.model_copy(update={"quality": quality, "memorisation": copies})
+    reachable = Quality(coverage=0.9, **values)
+    told = {"quality": quality, "real_quality": reachable, "memorisation": copies}
+    judged = new.data.evaluation.model_copy(update=told)
     new = TrainingRoundCompleted.of("r/2", new.data.model_copy(update={"evaluation": judged}), time=new.time)
     texts = rendered(old, new).texts
     first, second = (texts.index(steps) for steps in ("400", "800"))
 
     assert texts[first + 5 : first + 7] == ["-", "-"]
-    assert texts[second + 5 : second + 8] == [" ✓", "0.74", "12% flagged"]
+    assert texts[second + 5 : second + 8] == [" ✓", "0.74 of 0.90", "12% flagged"]
+
+
+def test_why_a_model_is_not_approved_stands_beside_it():
+    """Only a training that used up its rounds says why."""
+    why = "Not approved: its relative distance is above 2."
+
+    assert why in rendered(training_round("r", 1, 3.0), training_completed("r", 1, 3.0)).texts
+    assert why not in rendered(training_round("r", 1, 1.5), training_completed("r", 1, 1.5)).texts
 
 
 def test_nothing_comes_from_outside():

@@ -31,6 +31,12 @@ def test_every_wrong_setting_is_told_in_one_go():
     assert "hunter2" not in str(wrong.value)
 
 
+def test_an_empty_name_is_told():
+    """A variable that was set to nothing is no name of a bucket or a queue."""
+    with pytest.raises(Misconfigured, match=r"RADQUEUE_BUCKET: .*\nRADQUEUE_TRAINING_QUEUE: "):
+        load(ServiceSettings, {"RADQUEUE_BUCKET": "", "RADQUEUE_TRAINING_QUEUE": ""})
+
+
 def test_every_setting_says_what_it_is_for():
     """No field is without its line."""
     assert all(field.description for field in ServiceSettings.model_fields.values())

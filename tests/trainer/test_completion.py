@@ -1,6 +1,7 @@
 import asyncio
 import io
 import json
+import shutil
 import uuid
 import zipfile
 from datetime import UTC, datetime
@@ -113,11 +114,14 @@ async def test_a_training_ends_in_products_of_which_more_can_be_made(objects, st
     assert pngs.exit_code == 0
 
     # And of nothing else.
+    shutil.copytree(tmp_path / "model", tmp_path / "damaged")
+    (tmp_path / "damaged" / "generator.json").write_text(json.dumps(described | {"units": {"window": "wide"}}))
     (tmp_path / "model" / "generator.pt").write_bytes(b"another model")
     refusals = {
         "sha256 differs": ("generate", tmp_path / "model", "--out", tmp_path / "x"),
         "no finished model": ("generate", "unheard-of", "--out", tmp_path / "x"),
         "does not know the class c": ("generate", asked.data.request_id, "--class", "c", "--out", tmp_path / "x"),
+        "generator.json is damaged": ("generate", tmp_path / "damaged", "--out", tmp_path / "x"),
         "has no generator.json": ("generate", tmp_path / "pngs", "--out", tmp_path / "x"),
     }
     for why, words in refusals.items():

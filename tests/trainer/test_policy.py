@@ -1,10 +1,11 @@
+import math
 import re
 from dataclasses import replace
 
 import pytest
 
 from services.trainer import policy
-from services.trainer.policy import RULES, Goal, Observation, Situation, accepts, best_round, decide
+from services.trainer.policy import RULES, Goal, Observation, Situation, accepts, best_round, decide, why_not
 
 CONFIG = {"learningRate": 1e-3, "gamma": 3.0, "steps": 100, "augmentation": 0.1}
 GOAL = Goal(threshold=2.0)
@@ -111,6 +112,18 @@ def test_a_model_that_copies_is_never_accepted_and_kept_only_where_all_copy():
     assert not accepts(history[1], GOAL)
     assert best_round(history, GOAL) == 1
     assert best_round(history[1:], GOAL) == 1
+
+
+def test_why_a_model_is_not_approved_is_told_in_words():
+    """Each thing that is missing is named with its number and with what was asked for; NaN is no good distance."""
+    seen_last = Observation(CONFIG, 2.5, coverage=0.28, copies=True)
+
+    assert why_not(seen_last, GOAL) == (
+        "its images are copies of images that it was trained on and its relative distance 2.5 is above 2 and its "
+        "coverage is 0.28 of that of other real images, below 0.5"
+    )
+    assert why_not(Observation(CONFIG, math.nan), GOAL) == "its relative distance nan is above 2"
+    assert not why_not(Observation(CONFIG, 2.0), GOAL)
 
 
 def test_a_near_model_that_covers_little_is_not_accepted_and_is_not_the_best():

@@ -103,6 +103,7 @@ async def test_what_a_step_cannot_do_is_told_by_its_exit_code(objects, start):
     taken = await perform("load", asked.request_id, given | {"n_images": 7}, trainer.ports())
 
     assert [code for code, _ in (unknown, wrong, mistyped, empty, taken)] == [os.EX_DATAERR] * 5
+    assert (wrong[1]["fields"], mistyped[1]["fields"]) == ("dataset", "treshold")
     assert [reply["reason"] for _, reply in (unknown, wrong, mistyped, empty, taken)] == [
         "unknown_request",
         "invalid_request",
