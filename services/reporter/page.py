@@ -135,7 +135,8 @@ def _training_card(training: Training, png: bytes | None) -> Element:
         el("span", "dataset ", el("code", training.dataset), class_="quiet"),
         el("span", "reason ", el("code", training.reason_code), class_="quiet") if training.reason_code else None,
     )
-    judged = el("p", f"Not approved: {training.why_not}.", class_="note") if training.why_not else None
+    why = training.why_not
+    judged = el("p", f"{why[0].upper()}{why[1:]}.", class_="note") if why else None
     picture = _picture(training, png)
     plot = _rounds_figure(training) if training.rounds else None
     figures = [figure for figure in (picture, plot) if figure is not None]

@@ -119,7 +119,7 @@ def test_coverage_and_copies_stand_beside_the_distance():
 
 def test_why_a_model_is_not_approved_stands_beside_it():
     """Only a training that used up its rounds says why."""
-    why = "Not approved: its relative distance is above 2."
+    why = "Its relative distance is above 2."
 
     assert why in rendered(training_round("r", 1, 3.0), training_completed("r", 1, 3.0)).texts
     assert why not in rendered(training_round("r", 1, 1.5), training_completed("r", 1, 1.5)).texts
