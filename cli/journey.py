@@ -24,6 +24,11 @@ POLL_S = 1.0
 LOOKS_PER_LISTING = 5
 """A series that has settled may get a newer revision, which is looked for at every so many looks."""
 STAGES = ("uploaded", "stored", "settled", "inferred", "pushed")
+WAITS_FOR = {
+    "settled": " (the log of the inference worker says what it waits for)",
+    "inferred": " (the archive has not taken its results; the log of the inference worker says why)",
+}
+"""By stage, where a person who waits may look."""
 ENDS = {"pushed", "skipped", "no_match", "failed", "rejected"}
 """Stages that nothing follows. `skipped`: no route leads to a MAP; `no_match`: the MAPs found no series to work on."""
 
@@ -183,7 +188,11 @@ class Journey:
 
     def unfinished(self) -> str:
         """Say what has not come to an end, for people."""
-        parts = [f"series {series.series_uid} is {series.stage}" for series in self.series if not series.ended]
+        parts = [
+            f"series {series.series_uid} is {series.stage}{WAITS_FOR.get(series.stage, '')}"
+            for series in self.series
+            if not series.ended
+        ]
         parts += [f"{self._uploads[one].path} was neither taken nor refused" for one in sorted(self.waiting_for)]
         return "; ".join(parts[:5]) + (f"; and {len(parts) - 5} more" if len(parts) > 5 else "")  # noqa: PLR2004
 

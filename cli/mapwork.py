@@ -123,12 +123,12 @@ def build(
     try:
         engine = settings.find_engine()
     except EngineFailed as failed:
-        if settings.engine is not None or push:
+        if settings.container_engine is not None or push:
             raise
         engine = None
         say(str(failed))
     models = models.resolve() if models is not None else None
-    how |= {"arguments": shlex.split(settings.engine_build_args), "environ": environ}
+    how |= {"arguments": shlex.split(settings.container_engine_build_args), "environ": environ}
     built = mapbuild.build(folder.resolve(), tag, engine=engine, models=models, say=say, **how)
     pushed = None
     if push and engine is not None:
@@ -139,7 +139,7 @@ def build(
         "base": built.base,
         "context": str(built.context) if built.context is not None else None,
         "built": built.done,
-        "digest": built.image.digest if built.image is not None else None,
+        "digest": read(environ, tag).digest if built.image is not None else None,
         "pushed": pushed,
     }
 

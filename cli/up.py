@@ -29,6 +29,7 @@ AWS = "aws"
 
 TICK_S = 0.1
 READY_TIMEOUT_S = 180.0
+TOLD_EVERY_S = 15.0
 """A cold disk reads 2 GB of libraries before the first service consumes."""
 QUICK_DEATH_S = 10.0
 QUICK_DEATHS = 5
@@ -210,14 +211,17 @@ class Stack:
 
     def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Wait until every process is ready. Raises `StackFailed`."""
-        until = time.monotonic() + timeout_s
+        until, told = time.monotonic() + timeout_s, time.monotonic()
         while not self._ready.wait(TICK_S):
             self.check()
             if self._ended.is_set():
                 raise StackFailed("stopped before it was ready")
+            late = ", ".join(process.name for process in self._processes.values() if not process.ready)
             if time.monotonic() > until:
-                late = [process.name for process in self._processes.values() if not process.ready]
-                raise StackFailed(f"not ready after {timeout_s:.0f} s: {', '.join(late)}; see {self.logs}")
+                raise StackFailed(f"not ready after {timeout_s:.0f} s: {late}; see {self.logs}")
+            if time.monotonic() > told + TOLD_EVERY_S:
+                told = time.monotonic()
+                self._say(f"still starting: {late}")
 
     def check(self) -> None:
         """Raise `StackFailed` if it has ended by itself."""

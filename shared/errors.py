@@ -23,7 +23,10 @@ class Continue(Exception):  # noqa: N818 - it states a wish
 
 
 class Unavailable(RuntimeError):  # noqa: N818 - as above
-    """Something the handler needs does not answer now, so the same message may work later."""
+    """Something the handler needs does not answer now, so the same message may work later.
+
+    Its text is logged: it names what does not answer and how (`S3: SlowDown`), never a value.
+    """
 
 
 class Claimed(Unavailable):

@@ -54,9 +54,7 @@ class Inspected:
 
     def pinned(self, reference: str) -> str | None:
         """Return `REPOSITORY@sha256:…` of the repository that `reference` names; None where it has none."""
-        repository = reference.partition("@")[0]
-        head, slash, last = repository.rpartition("/")
-        repository = f"{head}{slash}{last.partition(':')[0]}"
+        repository = repository_of(reference)
         # A short name stands for one of localhost, or of the registry that the engine looks into first.
         return next((one for one in self.digests if f"/{one.partition('@')[0]}".endswith(f"/{repository}")), None)
 
@@ -117,9 +115,11 @@ class Engine:
             return None
         found = json.loads(done.stdout)[0]
         config = found.get("Config") or {}
+        # What podman builds it stores uncompressed, and calls it by the digest of that; registries know another one.
+        of_this_machine = f"@{found.get('Digest')}"
         return Inspected(
             id=found["Id"].removeprefix("sha256:"),
-            digests=tuple(found.get("RepoDigests") or ()),
+            digests=tuple(sorted(found.get("RepoDigests") or (), key=lambda one: one.endswith(of_this_machine))),
             environment=dict(pair.partition("=")[::2] for pair in config.get("Env") or ()),
             entrypoint=_words(config.get("Entrypoint")),
             command=_words(config.get("Cmd")),
@@ -144,10 +144,14 @@ class Engine:
             EngineFailed: it does not take it.
         """
         with _signed_in(reference, authorization) as environ, tempfile.TemporaryDirectory(prefix="radqueue-") as folder:
-            if self.kind == "podman":  # the registry's manifest names compressed layers, podman's own does not
+            if self.kind == "podman":
                 file = Path(folder, "digest")
                 self._run("push", "--digestfile", str(file), reference, timeout_s=PULL_S, environ=environ)
-                return file.read_text("ascii").strip()
+                digest = file.read_text("ascii").strip()
+                # So that it, too, knows the image by the digest that other machines find in the registry.
+                pinned = f"{repository_of(reference)}@{digest}"
+                self._run("pull", "--quiet", pinned, timeout_s=PULL_S, environ=environ)
+                return digest
             self._run("push", reference, timeout_s=PULL_S, environ=environ)
         inspected = self.inspect(reference)
         return (inspected.pinned(reference) or "").rpartition("@")[2] if inspected is not None else ""
@@ -298,6 +302,12 @@ def run(
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise EngineFailed(f"{Path(argv[0]).name} {argv[1]}: {lines[-1] if lines else f'exit {done.returncode}'}")
     return done
+
+
+def repository_of(reference: str) -> str:
+    """Return an image's name without its tag or digest; a registry's port is no tag."""
+    place, slash, last = reference.partition("@")[0].rpartition("/")
+    return f"{place}{slash}{last.partition(':')[0]}"
 
 
 def ecr_of(reference: str) -> tuple[str, str] | None:

@@ -14,9 +14,10 @@ none of it, for it may be anybody's home.
 import ast
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -31,6 +32,7 @@ ENTRIES = ("app.py", "__main__.py")
 MODEL_FOLDERS = ("models", "model")
 BESIDE = ("app.yaml", "requirements.txt", *MODEL_FOLDERS)
 """What belongs to a program that is one file, beside what it imports."""
+PYCACHE = "__pycache__"
 VENV = "pyvenv.cfg"
 """In the root of every virtual environment (PEP 405)."""
 MOST_FILES, MOST_BYTES = 10_000, 100 << 30
@@ -88,6 +90,38 @@ class Map:
         for names in VARIABLES.values():
             found |= {name: value for name, value in zip(names, values, strict=True) if value is not None}
         return found
+
+    def copied_to(self, folder: Path) -> "Map":
+        """Copy its files into an empty folder, and return the MAP as it is there; an image's stay where they are.
+
+        What lies beside them and is no part of it is linked: a virtual environment may be needed.
+
+        Raises:
+            BrokenMap: there are far too many by now.
+        """
+        if self.place is None:
+            return self
+        root = self.place if self.place.is_dir() else self.place.parent
+        for path in files_of(self.place):
+            copy = folder / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
+        for other in root.iterdir():
+            if other.name != PYCACHE and not os.path.lexists(folder / other.name):
+                (folder / other.name).symlink_to(other)
+
+        def moved(word: str) -> str:
+            inside = word != self.python and Path(word).is_relative_to(root)
+            return str(folder / Path(word).relative_to(root)) if inside else word
+
+        return replace(
+            self,
+            place=folder / self.place.relative_to(root),
+            application=moved(self.application),
+            command=tuple(map(moved, self.command)),
+            models=self.models and moved(self.models),
+            own_environment={name: moved(value) for name, value in self.own_environment.items()},
+        )
 
     def changed(self) -> bool:
         """Tell whether its files are others than when it was read; an image's never are. Reads all of them.
@@ -219,7 +253,7 @@ def files_of(place: Path) -> list[Path]:
 
 def left_out(folder: Path, name: str) -> bool:
     """Tell whether a file or folder in `folder` is no part of a MAP."""
-    return name.startswith(".") or name == "__pycache__" or (folder / name / VENV).is_file()
+    return name.startswith(".") or name == PYCACHE or (folder / name / VENV).is_file()
 
 
 def _within(root: Path) -> Iterator[Path]:

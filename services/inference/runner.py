@@ -2,13 +2,14 @@
 
 import asyncio
 import ctypes
+import errno
 import json
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -66,7 +67,7 @@ class MapChanged(Unavailable):
 
     def __init__(self) -> None:
         """State the fact."""
-        super().__init__("the MAP's folder holds another version than the one that serves")
+        super().__init__("the MAP's folder changed before the version in it was copied")
 
 
 class GpuLost(WorkerUnfit):
@@ -209,6 +210,10 @@ class _Host:
 
     def __init__(self, found: Map, serving: Serving, bounds: Bounds) -> None:
         self.map = found
+        self._program = found
+        """What is run: of a folder a copy, for the folder may change while the version that was in it serves."""
+        self._copy: ExitStack | None = None
+        """Removes it."""
         self.isolation = serving.isolation
         self.bounds = bounds
         self.deadline_s = serving.deadline_s or found.needs.timeout_s or bounds.deadline_s
@@ -228,13 +233,13 @@ class _Host:
         Raises:
             ChildFailed: the MAP cannot be imported.
             MapChanged: it must not be.
+            Unavailable: its files cannot be copied.
             WorkerUnfit: it cannot be here.
         """
         if self.child is None or not self.child.alive:
             await self.stop(kill=True)
-            if await asyncio.to_thread(self.map.changed):
-                log.warning("map.changed", map=self.map.name, map_digest=self.map.digest)
-                raise MapChanged
+            if self._copy is None and self.map.place is not None:
+                await asyncio.to_thread(self._take_copy)
             self.child = self._new_child()
         reply = await self.child.call({}, deadline_s=self.bounds.start_deadline_s)
         # An application would go on without its GPU, a hundred times slower, and nobody would know why.
@@ -287,14 +292,35 @@ class _Host:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
+    async def end(self, *, kill: bool = False) -> None:
+        """Stop for good."""
+        await self.stop(kill=kill)
+        if self._copy is not None:
+            await asyncio.to_thread(self._copy.close)
+            self._copy, self._program = None, self.map
+
+    def _take_copy(self) -> None:
+        """Copy the MAP's folder. Raises `MapChanged` and `Unavailable`."""
+        with ExitStack() as stack:
+            made = tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(made))
+            try:
+                copied = self.map.copied_to(folder)
+                if copied.changed():
+                    raise MapChanged
+            except OSError as error:
+                code = errno.errorcode.get(error.errno or 0, "unknown")
+                raise Unavailable(f"the MAP's folder cannot be copied: {code}") from None
+            self._copy, self._program = stack.pop_all(), copied
+
     def _request(self, place: str) -> Json:
         folders = (f"{place}/input", f"{place}/output", f"{place}/work")
-        request: Json = {"study": place, "environment": self.map.environment(*folders)}
-        return request | ({"command": list(self.map.command)} if self.isolation == "process" else {})
+        request: Json = {"study": place, "environment": self._program.environment(*folders)}
+        return request | ({"command": list(self._program.command)} if self.isolation == "process" else {})
 
     def _new_child(self) -> Child:
         """Return a child that starts at its first call."""
-        found, image = self.map, self.map.image
+        found, image = self._program, self.map.image
         warm = {"application": found.application} if self.isolation == "warm" else {}
         if image is None:
             self._folder = Path(tempfile.mkdtemp(prefix="map-"))
@@ -361,7 +387,7 @@ class MapRunner:
 
         Raises:
             ChildFailed: the MAP cannot be imported.
-            MapChanged: its folder holds another version.
+            MapChanged: its folder holds another version, and this one was not started before.
             WorkerUnfit: its GPU is gone.
         """
         host = self._hosts[name]
@@ -376,8 +402,8 @@ class MapRunner:
 
         Raises:
             WorkerUnfit, MapChanged: as above.
-            Unavailable: the MAP, which could be started once, cannot be started now, or serves in another version than
-                that of `digest` by now.
+            Unavailable: the MAP, which could be started once, cannot be started now, cannot be copied, or serves in
+                another version than that of `digest` by now.
         """
         async with self._permit:
             host = self._hosts.get(name)
@@ -416,30 +442,30 @@ class MapRunner:
         """Let this MAP serve under its name from the next study on; one that was tried is warm already."""
         tried = self._tried.pop(found.name, None)
         if tried is not None and tried.map.digest != found.digest:
-            await tried.stop(kill=True)
+            await tried.end(kill=True)
             tried = None
         async with self._permit:
             before = self._hosts.get(found.name)
             self._hosts[found.name] = tried or _Host(found, serving or Serving(), self._bounds)
         if before is not None:
-            await before.stop()
+            await before.end()
 
     async def remove(self, name: str) -> None:
         """Let the MAP of this name serve no more; waits until none computes."""
         async with self._permit:
             host = self._hosts.pop(name, None)
         if host is not None:
-            await host.stop()
+            await host.end()
 
     async def forget_tried(self, name: str) -> None:
         """End the process of a version that was tried and is not wanted."""
         tried = self._tried.pop(name, None)
         if tried is not None:
-            await tried.stop(kill=True)
+            await tried.end(kill=True)
 
     async def stop(self) -> None:
         """End all processes."""
-        await asyncio.gather(*(host.stop() for host in [*self._hosts.values(), *self._tried.values()]))
+        await asyncio.gather(*(host.end() for host in [*self._hosts.values(), *self._tried.values()]))
 
     def pid(self, name: str) -> int | None:
         """Return the MAP's process id, if its process runs."""

@@ -59,13 +59,13 @@ class InferenceSettings(ServiceSettings):
     gpus: str = ""
     """The devices that MAPs may use, by number or UUID, with commas; of several, those with room are taken. Empty:
     all."""
-    engine: str | None = None
+    container_engine: str | None = None
     """What runs MAPs that are images: docker, podman or nerdctl. Unset: the first of them that answers."""
-    engine_args: str = ""
+    container_engine_args: str = ""
     """More arguments for its `run` and `create`, such as `--runtime runc`."""
-    engine_build_args: str = ""
+    container_engine_build_args: str = ""
     """More arguments for its `build`, or buildah's, such as `--isolation chroot`; `radqueue map build` uses them."""
 
     def find_engine(self) -> Engine:
         """Return the container engine. Raises `EngineFailed` where there is none, or none answers."""
-        return Engine.find(self.engine, shlex.split(self.engine_args))
+        return Engine.find(self.container_engine, shlex.split(self.container_engine_args))

@@ -35,7 +35,7 @@ from pydicom.errors import InvalidDicomError
 
 from services.inference import outputs
 from services.inference.archive import Archives
-from services.inference.engine import Engine, ecr_authorization, ecr_of
+from services.inference.engine import Engine, ecr_authorization, ecr_of, repository_of
 from services.inference.gpus import Share
 from services.inference.maps import Map, files_of, is_image, load
 from services.inference.outputs import OutputRefused
@@ -166,7 +166,7 @@ class Sources:
             read_it = partial(load, route.name, route.source, relative_to=self.folder, python=route.python)
             return await asyncio.to_thread(read_it, engine=engine, file=self.file)
         # By its digest: the tag may move between this look and the pull.
-        pinned = reference or f"{_repository(route.source)}@{await self._ecr_digest(route.source)}"
+        pinned = reference or f"{repository_of(route.source)}@{await self._ecr_digest(route.source)}"
         engine = await asyncio.to_thread(self.engine)
         if await asyncio.to_thread(engine.inspect, pinned) is None:
             with _aws_errors():
@@ -424,6 +424,7 @@ class Fleet:
             try:
                 await asyncio.to_thread(outputs.check, study.output, sources, route.outputs)
             except OutputRefused as refused:
+                log.warning("map.trial_refused", map=route.name, reason=refused.reason_code, where=refused.where)
                 return refused.reason_code
             except InvalidDicomError:
                 raise _undecided(found, "golden_study_unreadable") from None
@@ -514,7 +515,7 @@ def _only_dicom(folder: Path) -> bool:
 def _is_another_image(served: str, source: str, stamp: str) -> bool:
     """Tell whether what served is a registry's image of the same repository, other than the one there now."""
     pinned, _, digest = served.partition("@")
-    return ecr_of(source) is not None and bool(digest) and pinned == _repository(source) and digest != stamp
+    return ecr_of(source) is not None and bool(digest) and pinned == repository_of(source) and digest != stamp
 
 
 def _serving_key(name: str) -> str:
@@ -527,13 +528,6 @@ def _rejection_key(found: Map) -> str:
 
 def _source_of(found: Map, route: Route) -> str:
     return found.image.reference if found.image else route.source
-
-
-def _repository(reference: str) -> str:
-    """Return an image's name without its tag or digest; a registry's port is no tag."""
-    name = reference.partition("@")[0]
-    place, slash, last = name.rpartition("/")
-    return f"{place}{slash}{last.partition(':')[0]}"
 
 
 def _listing_of(places: list[Path]) -> str:

@@ -20,7 +20,7 @@ from shared.messages import Event, Message, decode
 from shared.metrics import Metrics
 from shared.queue.circuit import Circuit
 from shared.queue.deletes import Deleter
-from shared.queue.fates import Fate, dead_letter_attributes, fate_of, is_bug, reason_of, retry_delay_s
+from shared.queue.fates import Fate, dead_letter_attributes, fate_of, is_bug, reason_of, retry_delay_s, why_of
 from shared.queue.leases import LeaseKeeper
 from shared.queue.sqs import AWS_ERRORS, BATCH, Received, SqsQueue, code_of, open_queue
 from shared.queue.trace import handling
@@ -222,6 +222,7 @@ class _Consumer:
             fate=became,
             seconds=round(seconds, 3),
             reason=message.lost or reason_of(error),
+            why=why_of(error),
             exc_info=error if is_bug(error) else None,
         )
         if fate is Fate.RELEASE or isinstance(error, Claimed):  # neither tells whether work can be done

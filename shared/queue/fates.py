@@ -65,6 +65,11 @@ def reason_of(error: BaseException | None) -> str | None:
     return type(error).__name__ if error is not None else None
 
 
+def why_of(error: BaseException | None) -> str | None:
+    """Return what `Unavailable` says; no other text is logged, it may hold values of a message or a file."""
+    return str(error) or None if isinstance(error, Unavailable) else None
+
+
 def dead_letter_attributes(error: BaseException | None, receive_count: int) -> dict[str, str]:
     """Return what the dead-letter queue is told beside the body: reason and place, never a text."""
     attributes = {"reason_code": "bug", "receive_count": str(receive_count)}

@@ -44,7 +44,10 @@ APP_YAML = "application: {title: Tiny, version: 2.1}\nresources: {cpu: 1, gpu: 0
 
 def radqueue(*arguments, arguments_of_engine=(), **environ):
     """Run the command, as users do."""
-    more = {"RADQUEUE_ENGINE_ARGS": " ".join(arguments_of_engine), "RADQUEUE_ENGINE_BUILD_ARGS": "--isolation chroot"}
+    more = {
+        "RADQUEUE_CONTAINER_ENGINE_ARGS": " ".join(arguments_of_engine),
+        "RADQUEUE_CONTAINER_ENGINE_BUILD_ARGS": "--isolation chroot",
+    }
     return subprocess.run(
         [sys.executable, "-m", "cli.main", *map(str, arguments)],
         env=plain_environ() | more | environ,
@@ -224,7 +227,7 @@ def test_a_build_that_fails_tells_why_in_few_lines_and_where_the_rest_is(engine,
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "app.py").write_text("")
     build = ["map", "build", tmp_path / "app", "--tag", "failing:1", "--base", CONTAINER_BASE]
-    wrong = radqueue(*build, RADQUEUE_ENGINE_BUILD_ARGS="--no-such-argument", TMPDIR=str(tmp_path))
+    wrong = radqueue(*build, RADQUEUE_CONTAINER_ENGINE_BUILD_ARGS="--no-such-argument", TMPDIR=str(tmp_path))
     (tmp_path / "app" / "requirements.txt").write_text("./there-is-no-such-wheel.whl\n")
     failed = radqueue(*build, TMPDIR=str(tmp_path))
     lines = failed.stderr.splitlines()

@@ -12,6 +12,7 @@ import time
 import venv
 
 import pytest
+import pytest_asyncio
 
 from services.inference import maphost
 from services.inference.maps import load
@@ -54,21 +55,22 @@ SCRIPTS = {
 }
 
 
-@pytest.fixture
-def script(tmp_path):
+@pytest_asyncio.fixture
+async def script(tmp_path):
     """Make a runner of a MAP whose program is the text, after `import os, sys, time`."""
+    runners = []
 
     def make(text, *, python=None, deadline_s=60.0, **bounds):
         folder = tmp_path / "map"
         folder.mkdir()
         (folder / "app.py").write_text("import os, sys, time\n\n" + textwrap.dedent(text))
-        return MapRunner(
-            [load("m", folder, python=python)],
-            serving={"m": Serving(isolation="process", deadline_s=deadline_s)},
-            bounds=Bounds(**bounds),
-        )
+        serving = {"m": Serving(isolation="process", deadline_s=deadline_s)}
+        runners.append(MapRunner([load("m", folder, python=python)], serving=serving, bounds=Bounds(**bounds)))
+        return runners[-1]
 
-    return make
+    yield make
+    for runner in runners:
+        await runner.stop()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -153,6 +153,28 @@ def test_models_behind_a_link_are_part_of_the_map(tmp_path):
     assert found.changed()
 
 
+@pytest.mark.parametrize("source", [".", "classifier.py"])
+def test_a_copy_of_a_map_is_the_same_version_and_stays_it(tmp_path, source):
+    """Program, modules, models and settings lie in the copy; what is no part of the MAP is within reach, as a link."""
+    place, copy = tmp_path / "place", tmp_path / "copy"
+    texts = {"classifier.py": DEFINES + "import one\n", "one.py": "", "models/m/model.ts": "m", "app.yaml": "{}"}
+    for name, text in (texts | {".hidden": "h", "own/pyvenv.cfg": "", "own/bin/python": ""}).items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    copy.mkdir()
+    found = load("m", place / source, python=str(place / "own/bin/python"))
+    copied = found.copied_to(copy)
+    for name in texts:
+        (place / name).write_text("changed")
+
+    assert found.changed()
+    assert not copied.changed()
+    assert {name: (copy / name).read_text() for name in texts} == texts
+    assert copied == load("m", copy / source, python=found.python)
+    assert (copy / ".hidden").readlink() == place / ".hidden"
+    assert (copy / "own").readlink() == place / "own"
+
+
 def test_a_folder_with_far_too_much_in_it_is_refused_before_it_is_read(tmp_path, monkeypatch):
     """Somebody's home is no MAP; what to do is said."""
     (tmp_path / "app.py").write_text(DEFINES)

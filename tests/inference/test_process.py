@@ -20,7 +20,7 @@ from services.inference.__main__ import serve
 from services.inference.records import Outputs, Routing, routing_prefix
 from services.inference.settings import InferenceSettings
 from shared.config import ServiceSettings, load
-from shared.messages import InferenceCompleted, MapUpdated, decode
+from shared.messages import InferenceCompleted, MapRejected, MapUpdated, decode
 from shared.metrics import Metrics
 
 TIMEOUT_S = 120
@@ -134,29 +134,31 @@ async def test_a_worker_that_is_killed_between_outputs_and_push_leaves_its_insta
     assert len(attempts) == 1
 
 
-async def test_a_map_that_changed_on_disk_is_served_in_its_new_version(worker, clients, environ, queues, tmp_path):
-    """A process that must be replaced finds another version: the request waits until that was tried, and gets it."""
+async def test_a_folder_serves_as_it_was_until_a_good_version_is_in_it(worker, clients, environ, queues, tmp_path):
+    """Also where each study has a process of its own: a version that was rejected has no part in any result."""
     found = worker.maps["capture"]
     shutil.copytree(found.map.place, tmp_path / "capture", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "maps.yaml").write_text(yaml.safe_dump({"maps": [found.route.model_dump(mode="json")]}))
     environ |= {"RADQUEUE_MAPS_FILE": str(tmp_path / "maps.yaml"), "RADQUEUE_RECYCLE_AFTER": "1"}
-    environ |= {"RADQUEUE_MAP_VERSIONS_LOOK_S": "10", "RADQUEUE_MAPS_LOOK_S": "1"}
-    first, second = await worker.store_series(), await worker.store_series()
+    environ |= {"RADQUEUE_MAP_VERSIONS_LOOK_S": "1", "RADQUEUE_MAPS_LOOK_S": "1"}
+    series = [await worker.store_series() for _ in range(3)]
+    app = tmp_path / "capture" / "app.py"
+    texts = [app.read_text(), app.read_text() + "raise RuntimeError\n", app.read_text() + "# mended\n"]
     metrics, stop = Metrics(clients.cloudwatch), asyncio.Event()
     serving = asyncio.create_task(serve(load(InferenceSettings, environ), clients, metrics, stop))
-    queues.send(worker.request(first))
-    done = await queues.receive("reporting")
-    with (tmp_path / "capture" / "app.py").open("a") as program:
-        program.write("# changed\n")
-    queues.send(worker.request(second))
     seen = []
-    async with asyncio.timeout(TIMEOUT_S):
-        while not seen or not isinstance(seen[-1], InferenceCompleted):
+    for text, revision in zip(texts, series, strict=True):
+        if text != app.read_text():
+            app.write_text(text)
             seen.append(await queues.receive("reporting"))
+        queues.send(worker.request(revision))
+        seen.append(await queues.receive("reporting"))
     stop.set()
     await asyncio.wait_for(serving, TIMEOUT_S)
+    first, rejected, second, updated, third = seen
 
-    assert isinstance(done, InferenceCompleted)
-    assert [type(event) for event in seen] == [MapUpdated, InferenceCompleted]
-    assert seen[1].data.inputs[0].series_uid == second.series_uid
-    assert seen[1].data.map_digest == seen[0].data.map_digest != done.data.map_digest
+    assert [type(event) for event in (rejected, updated)] == [MapRejected, MapUpdated]
+    assert {type(event) for event in (first, second, third)} == {InferenceCompleted}
+    assert first.data.map_digest == second.data.map_digest == rejected.data.serving_digest
+    assert second.data.map_digest != third.data.map_digest == updated.data.map_digest
+    assert [event.data.inputs[0].series_uid for event in (first, second, third)] == [one.series_uid for one in series]

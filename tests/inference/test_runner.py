@@ -5,6 +5,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pydicom
 import pytest
@@ -41,6 +42,7 @@ async def test_a_warm_process_makes_what_a_fresh_one_makes_byte_for_byte(runner,
     runs.append(await runner.run("capture", second))
     other = MapRunner([capture_map], serving={"capture": Serving(isolation="process")})
     runs.append(await other.run("capture", fresh))
+    await other.stop()
 
     assert [run.outcome for run in runs] == ["ran"] * 3
     assert runner.pid("capture") == pid
@@ -259,6 +261,23 @@ async def test_a_map_that_changed_on_disk_does_not_run_under_its_old_digest(tmp_
 
     assert changing.unfit is None
     assert changing.pid("changing") is None
+
+
+async def test_a_folder_may_change_while_its_version_runs(tmp_path, study):
+    """What serves is a copy, also in the next process; it is gone when the MAP is."""
+    app, first, second = tmp_path / "app.py", study(), study()
+    app.write_text("import os\nopen(os.environ['HOLOSCAN_OUTPUT_PATH'] + '/a', 'w').write(__file__)\n")
+    changing = MapRunner([load("m", tmp_path)], serving={"m": Serving(isolation="process")})
+    await changing.run("m", first)
+    app.write_text("raise RuntimeError\n")
+    run = await changing.run("m", second)
+    program = Path((second.output / "a").read_text())
+
+    assert run.outcome == "ran"
+    assert program == Path((first.output / "a").read_text()) != app
+    assert program.exists()
+    await changing.stop()
+    assert not program.parent.exists()
 
 
 async def test_a_map_that_cannot_be_imported_is_told_by_type_and_place(tmp_path):
