@@ -1,15 +1,19 @@
 """Images of a finished model, made on this machine: the model lies in a folder, or in the bucket under its request."""
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from cli.client import Client, Refused, WrongUsage
 from cli.orders import name
+
+if TYPE_CHECKING:
+    from services.trainer.records import StoredDescription
 
 DESCRIPTION, WEIGHTS = "generator.json", "generator.pt"
 Told = Callable[[int], None]
@@ -70,19 +74,16 @@ def generate(
         import torch  # noqa: PLC0415 - the command line does without
 
         from services.trainer import products  # noqa: PLC0415
-        from services.trainer.secondary_capture import Origin, Units  # noqa: PLC0415
+        from services.trainer.secondary_capture import Origin  # noqa: PLC0415
     except ModuleNotFoundError as missing:
         raise Refused(f"generating images needs {missing.name}: install radqueue with its extra `trainer`") from None
 
     described = _described(model / DESCRIPTION)
     try:
-        generator = products.load_generator(model / WEIGHTS, described)
-        units = Units.of(described.get("units"))
+        generator = products.load_generator(model / WEIGHTS, described.sha256, described.config)
     except products.WrongModel as wrong:
         raise Refused(str(wrong)) from None
-    except ValueError as error:
-        raise Refused(f"{DESCRIPTION} is damaged: {error}; fetch the model again") from None
-    classes, chosen_seed = described.get("classes", []), described.get("seed", 0) if seed is None else seed
+    classes, chosen_seed = described.classes, described.seed if seed is None else seed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     labels = products.labels_of(generator, n, _label(class_name, classes))
     images = products.draw(generator.to(device), n, labels, seed=chosen_seed, device=device, told=told)
@@ -96,12 +97,12 @@ def generate(
     elif form is Format.PNG:
         paths = _written(out, products.names_of(titles, ".png"), products.pngs(images), told)
     else:
-        made = products.captures(images, titles, units, Origin(described["sha256"], chosen_seed))
+        made = products.captures(images, titles, described.units, Origin(described.sha256, chosen_seed))
         paths = _written(out, products.names_of(titles, ".dcm"), made, told)
     return {
-        "model": described.get("request_id"),
-        "sha256": described["sha256"],
-        "approved": described.get("approved"),
+        "model": described.request_id,
+        "sha256": described.sha256,
+        "approved": described.approved,
         "n": n,
         "seed": chosen_seed,
         "class": class_name,
@@ -110,17 +111,17 @@ def generate(
     }
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _described(path: Path) -> "StoredDescription":
+    from services.trainer.records import StoredDescription  # noqa: PLC0415
+
     try:
-        described = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        described = None
-    if not isinstance(described, dict):
-        raise Refused(f"{path} is damaged: it is no JSON object; fetch the model again")
-    return described
+        return StoredDescription.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        places = {".".join(map(str, detail["loc"])) or "it is no JSON object" for detail in error.errors()}
+        raise Refused(f"{path} is damaged ({', '.join(sorted(places))}); fetch the model again") from None
 
 
-def _label(class_name: str | None, classes: list[str]) -> int | None:
+def _label(class_name: str | None, classes: tuple[str, ...]) -> int | None:
     if class_name is None:
         return None
     if class_name not in classes:

@@ -133,7 +133,7 @@ def wait_retried(
         found = [newest[one] for one, told in failed.items() if one in newest and newest[one]["time"] > told["time"]]
         return found if len(found) == len(failed) else None
 
-    return until(came, timeout_s, "it goes on; `radqueue results` tells what comes of it")
+    return until(came, timeout_s, lambda: "it goes on; `radqueue results` tells what comes of it")
 
 
 def _results(client: Client, study_uid: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -223,7 +223,7 @@ def _check_overrides(overrides: dict[str, Value]) -> None:
     try:
         config.TrainingConfig.of(shipped | overrides)
     except config.InvalidConfig as error:
-        known = ", ".join(f"{name}={value}" for name, value in shipped.items())
+        known = ", ".join(f"{name}={json.dumps(value)}" for name, value in shipped.items())
         raise WrongUsage(f"--set {error}. The parameters and their defaults: {known}") from None
 
 
@@ -323,7 +323,9 @@ class Training:
         return [self.completion[name] for name in ("generator_key", "images_key", "images_array_key")]
 
     def look(self) -> None:
-        """Bring everything up to date."""
+        """Bring everything up to date. Raises `Refused` where the id turns out to be another request's."""
+        if self.state == "requested":  # somebody else's request of this id may have been there before ours
+            require_same(self._client, self.request)
         while (done := self._client.get_json(self._round_key(len(self.rounds) + 1))) is not None:
             self.rounds.append(done["told"])
         self._look_into_the_round()
@@ -359,8 +361,10 @@ class Training:
         until(
             look,
             timeout_s,
-            f"training {self.request_id} is {self.state}, {len(self.rounds)} rounds done; it goes on, and the same "
-            f"command with --request-id {self.request_id} waits again",
+            lambda: (
+                f"training {self.request_id} is {self.state}, {len(self.rounds)} rounds done; it goes on, and the "
+                f"same command with --request-id {self.request_id} waits again"
+            ),
         )
 
     def fetch(self, out: Path) -> list[Path]:
@@ -413,7 +417,8 @@ def make_report(client: Client, month: str, *, timeout_s: float) -> dict[str, An
         found = client.get_json(key)
         return found if found is not None and found["generated_at"] != before else None
 
-    return until(newer, timeout_s, f"the report of {month} was not made; is the reporter running? (`radqueue status`)")
+    why = f"the report of {month} was not made; is the reporter running? (`radqueue status`)"
+    return until(newer, timeout_s, lambda: why)
 
 
 def save_report(client: Client, month: str, out: Path) -> list[Path]:
@@ -436,11 +441,11 @@ def month(text: str | None) -> str:
     return asked
 
 
-def until(look: Callable[[], Found | None], timeout_s: float, why: str) -> Found:
-    """Look until there is something, and return it. Raises `Refused` with `why` when time is up."""
+def until(look: Callable[[], Found | None], timeout_s: float, why: Callable[[], str]) -> Found:
+    """Look until there is something, and return it. Raises `Refused` with what `why` says when time is up."""
     end = time.monotonic() + timeout_s
     while (found := look()) is None:
         if time.monotonic() > end:
-            raise Refused(f"after {timeout_s:.0f} s, {why}")
+            raise Refused(f"after {timeout_s:.0f} s, {why()}")
         time.sleep(POLL_S)
     return found

@@ -162,8 +162,11 @@ def train_gan(model: Training, images: Images, config: Path | str) -> list[Progr
         config: config.js; sizes and widths must be those that the model was built with.
 
     Raises:
+        ValueError: there is no image.
         Diverged: a loss is out of range.
     """
+    if not len(images):
+        raise ValueError("there is no image to train on")
     parameters = checked_config(Path(config).read_text("utf-8"))
     return training.train_gan(model, _tensor(images).to(_device()), parameters)
 
@@ -183,6 +186,9 @@ def calculate_fid(real: Images, generated: Images, other_real: Images | None = N
         real: (N, size, size), held out.
         generated: (M, size, size).
         other_real: (K, size, size), those trained on, for the floor; None takes halves of `real`.
+
+    Raises:
+        ValueError: too few images, of other sizes, outside [-1, 1] or all the same.
     """
     others = None if other_real is None else _tensor(other_real)
     return frechet.calculate_fid(_tensor(real), _tensor(generated), others)

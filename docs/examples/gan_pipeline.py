@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cli.pipeline import (
     Round,
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--images", type=int, default=64)
     asked = parser.parse_args(arguments)
     asked.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # with networks this small, threads wait for one another longer than they compute
 
     # The images: whole patients are held out, since slices of one patient resemble each other.
     pictures = load_dicom_images(asked.folder)
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     held_out = sorted({picture.patient for picture in pictures})[::HELD_OUT_EVERY]
     is_held_out = np.isin([picture.patient for picture in pictures], held_out)
     train, unseen = images[~is_held_out], images[is_held_out]
+    if not len(train):
+        parser.error("images of at least two patients are needed: some to train on, and others to judge by")
     np.save(asked.out / "images.npy", images)
     print("uploaded", upload_to_s3(asked.out / "images.npy", asked.bucket, "notebook/images.npy"))
 

@@ -59,6 +59,7 @@ def describe(folder: str, chosen: StoredRound, manifest: Manifest, units: Units,
         "seed": made["seed"],
         "trained": chosen.time.isoformat(),
         "approved": told.approved,
+        "why_not": told.why_not,
         "evaluation": told.evaluation.model_dump(mode="json"),
         "privacy_test": {
             "test": TEST_FOR_COPIES,
@@ -89,6 +90,7 @@ def model_card(described: Json, rounds: Sequence[StoredRound]) -> str:
         f"# {described['request_id']}",
         "",
         f"A generator of {size} x {size} images, trained on the dataset `{data['dataset']}`: **{verdict}**.",
+        *([f"Not approved, because {described['why_not']}.", ""] if described["why_not"] else []),
         f"Modality: {units['modality'] or 'mixed or unknown'}{window}."
         + (f" Classes: {', '.join(described['classes'])}." if described["classes"] else ""),
         "",

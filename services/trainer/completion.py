@@ -26,7 +26,7 @@ async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> Stored
     # Load.
     request, folder, objects, chosen = run.request, run.folder, run.ports.objects, rounds[best - 1]
     manifest = Manifest.model_validate_json(await objects.get(f"{folder}/manifest.json"))
-    units = Units.common(Units(array.modality, array.window) for array in manifest.arrays)
+    units = Units.common(Units(modality=array.modality, window=array.window) for array in manifest.arrays)
     out = run.work_dir / "products"
     out.mkdir()
     (out / "config.js").write_bytes(await objects.get(chosen.told.config_key))

@@ -33,6 +33,8 @@ CHANNELS = 16
 """Random filters per layer of each scale."""
 SCALES = 3
 """Full resolution, half, quarter."""
+ANOTHER_SCALE = 10.0
+"""Noise may lead out of [-1, 1]; a value like this is of bytes, or of Hounsfield units."""
 MAX_D = 256
 MIN_D = 4
 VARIANCE_FLOOR = 1e-2
@@ -96,8 +98,11 @@ def embed(space: Space, real: Tensor, generated: Tensor, other_real: Tensor | No
     """Take images (N, 1, H, W) float32 in [-1, 1] into a space.
 
     Raises:
-        ValueError: fewer than four real images, or fewer than two of the others.
+        ValueError: fewer than four real images, or fewer than two of the others; images that are not of that form, or
+            differ in size; real ones that are all the same.
     """
+    for images in (real, generated, real if other_real is None else other_real):
+        _require_images(images, like=real)
     n = min(len(real) // 2 if other_real is None else min(len(real), len(other_real)), len(generated))
     if n < 2:  # noqa: PLR2004 - a covariance needs two
         raise ValueError("too few images to compare")
@@ -113,9 +118,20 @@ def embed(space: Space, real: Tensor, generated: Tensor, other_real: Tensor | No
     return Embedded(space.metric, f"{space.name}/d{of_real.shape[1]}", n, of_real, of_generated, of_other)
 
 
+def _require_images(images: Tensor, *, like: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 1:  # noqa: PLR2004 - N, 1, H, W
+        raise ValueError(f"images are (N, 1, H, W), not {tuple(images.shape)}")
+    if images.shape[2:] != like.shape[2:]:
+        raise ValueError(f"images of {tuple(images.shape[2:])} and {tuple(like.shape[2:])} cannot be compared")
+    if not (images.abs() < ANOTHER_SCALE).all():  # NaN is not, either
+        raise ValueError("images are in [-1, 1], all of them finite")
+
+
 def _zscored_projection(reference: Tensor, d: int) -> Callable[[Tensor], Tensor]:
     """Make the map from features to d of them, z-scored by `reference`."""
     mean, variance = reference.mean(0), reference.var(0)
+    if not variance.any():
+        raise ValueError("the real images are all the same: there is nothing to compare with")
     scale = (variance + VARIANCE_FLOOR * variance.mean()).rsqrt()
     random = torch.Generator().manual_seed(FEATURES_SEED + d)
     # Orthonormal columns: each projected feature is a unit direction, and none is counted twice.

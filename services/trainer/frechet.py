@@ -55,7 +55,7 @@ def calculate_fid(
         The distance, and what it means.
 
     Raises:
-        ValueError: fewer than four real images, or fewer than two of the others.
+        ValueError: as `embed`.
     """
     return distance_in(embed(space, real, generated, other_real), seed=seed)
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import tree_sitter_javascript
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -169,7 +170,7 @@ def _literal(name: str, value: Value) -> str:
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, float) and not math.isfinite(value):
         raise InvalidConfig(f"{name}: not a finite number")
-    return repr(value)
+    return repr(value.item() if isinstance(value, np.generic) else value)
 
 
 def _text(node: Node) -> str:

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from services.trainer import tensorboard
-from services.trainer.config import TrainingConfig
+from services.trainer.config import TrainingConfig, Value
 from services.trainer.jsconfig import read_config
 from services.trainer.networks import Generator
 from services.trainer.secondary_capture import Origin, Units, instance
@@ -82,7 +83,7 @@ def generate(
     save_grid(images[:GRID_IMAGES], folder / "images.png")
     titles = titles_of(labels, n_images, classes)
     save_zip(folder / "images.png.zip", zip(names_of(titles, ".png"), pngs(images), strict=True))
-    made = captures(images, titles, Units.of(units), Origin(sha256, parameters.seed))
+    made = captures(images, titles, Units.model_validate(units), Origin(sha256, parameters.seed))
     save_zip(folder / "images.dicom.zip", zip(names_of(titles, ".dcm"), made, strict=True))
     save_grid(interpolation(generator, seed=parameters.seed, device=device), folder / "interpolation.png", across=STEPS)
     files = ["generator.pt", "images.npy", "images.png", "images.png.zip", "images.dicom.zip", "interpolation.png"]
@@ -96,23 +97,24 @@ def generate(
     }
 
 
-def load_generator(weights: Path, description: Json) -> Generator:
+def load_generator(weights: Path, sha256: str, config: dict[str, Value]) -> Generator:
     """Read a generator that `generate` wrote, tensors only, and make sure that it is the one described.
 
     Args:
         weights: `generator.pt`.
-        description: `generator.json`.
+        sha256: of the file, as `generator.json` has it.
+        config: its parameters, as that has them.
 
     Raises:
         WrongModel: the file is another one than described, or does not fit this version.
     """
     body = weights.read_bytes()
-    if hashlib.sha256(body).hexdigest() != description.get("sha256"):
+    if hashlib.sha256(body).hexdigest() != sha256:
         raise WrongModel(f"{weights.name} is not the file that generator.json describes: its sha256 differs")
     try:
-        parameters = TrainingConfig.of(description["config"])
+        parameters = TrainingConfig.of(config)
         return generator_of(parameters, torch.load(io.BytesIO(body), map_location="cpu", weights_only=True))
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (EOFError, UnpicklingError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WrongModel(f"generator.json does not fit this version of radqueue ({type(error).__name__})") from None
 
 

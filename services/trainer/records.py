@@ -7,6 +7,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from services.trainer.config import Value
 from services.trainer.policy import Goal, Observation
+from services.trainer.secondary_capture import Modality, Units, Window
 from shared.messages import CompletedTraining, FailedTraining, Name, TrainingRequest, TrainingRound
 
 
@@ -128,6 +129,19 @@ class Sidecar(_Stored):
     series_uid: str | None = None
     patient_key: str | None = None
     class_name: Name | None = Field(default=None, alias="class")
-    modality: str | None = None
-    window: tuple[float, float] | None = None
+    modality: Modality = None
+    window: Window | None = None
     """Modality values that became -1 and 1."""
+
+
+class StoredDescription(_Stored):
+    """What is read again of generator.json, which says what generator.pt is."""
+
+    request_id: str | None = None
+    approved: bool | None = None
+    sha256: str
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the images that were made when the training ended."""
+    classes: tuple[Name, ...] = ()
+    units: Units = Units()
+    config: dict[str, Value]

@@ -148,7 +148,10 @@ STEPS: dict[str, Step] = {
 
 
 def _fields(text: str) -> Json:
-    fields: Json = json.loads(text)
+    try:
+        fields: Json | None = json.loads(text)
+    except ValueError:
+        fields = None
     if not isinstance(fields, dict):
         raise argparse.ArgumentTypeError("not a JSON object")
     return fields

@@ -254,8 +254,9 @@ def test_train_takes_classes_and_an_address(invoke, client, received, tmp_path):
 
 def test_a_model_is_fetched_without_its_checkpoints(invoke, client, tmp_path):
     """`train --wait --out` of a finished training writes what it made, and exits with 1 if it is not approved."""
-    told = {"approved": False, "generator_key": "g", "images_key": "i", "images_array_key": "a"}
-    (tmp_path / "object").write_text(json.dumps({"told": told | {"evaluation": {"relative_fd": 3.0}}}))
+    told = {"approved": False, "why_not": "its relative distance 3 is above 2"}
+    told |= {"generator_key": "g", "images_key": "i", "images_array_key": "a"}
+    (tmp_path / "object").write_text(json.dumps({"told": told}))
     wanted = {"completed.json", "config.js", "generator.pt", "images.png", "images.dicom.zip", "rounds/1/config.2.js"}
     wanted |= {"card.md", "medigan.json", "manifest.json", "curves.png", "tensorboard/events.out.tfevents.0.radqueue"}
     for name in {*wanted, "lease.json", "rounds/1/checkpoint.2.pt", "progress.json.part"}:
@@ -301,9 +302,19 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_training(invoke, 
     assert received("radqueue-training") == []
 
 
-@pytest.mark.parametrize("description", ["{", "[]"])
+@pytest.mark.parametrize(
+    "description",
+    [
+        "{",
+        "[]",
+        '{"sha256": "", "config": null}',
+        '{"sha256": "", "config": {}, "seed": 1e30}',
+        '{"sha256": "", "config": {}, "units": {"window": [5, 5]}}',
+        '{"sha256": "", "config": {}, "units": {"window": [0, 1e999]}}',
+    ],
+)
 def test_a_damaged_description_is_told(invoke, tmp_path, description):
-    """A generator.json that is no JSON object ends in one sentence that names the file."""
+    """A generator.json that is no description of a model ends in one sentence that names the file."""
     (tmp_path / "generator.pt").write_bytes(b"")
     (tmp_path / "generator.json").write_text(description)
     refused = invoke("generate", tmp_path, "--out", tmp_path / "out")

@@ -242,6 +242,29 @@ def test_a_training_is_followed_to_its_end(client, bucket, tmp_path):
     assert training.summary()["rounds"][0]["relative_fd"] == 1.5
 
 
+def test_an_id_that_another_request_had_first_ends_the_waiting(client, bucket, tmp_path):
+    """Two requests of one id may wait in the queue together: the model of the first is not handed to the second."""
+    name = tmp_path.name.replace("_", "-")
+    first, second = (training_request("d", request_id=name, max_rounds=rounds) for rounds in (1, 2))
+    training = Training(client, second)
+    training.look()
+    bucket.put(f"models/{name}/options.json", {"request": first.model_dump(mode="json")})
+
+    with pytest.raises(Refused, match="was made before, with another max_rounds"):
+        training.wait(0)
+
+
+def test_a_timeout_tells_how_far_it_came(client, bucket, tmp_path):
+    """What is said when time is up is what was seen last."""
+    name = tmp_path.name.replace("_", "-")
+    training = Training(client, training_request("d", request_id=name))
+    told = {"round": 1, "steps": 10, "approved": False, "duration_s": 1.0, "evaluation": EVALUATION, "rule": "first"}
+    bucket.put(f"models/{name}/rounds/1/evaluation.json", {"told": told})
+
+    with pytest.raises(Refused, match="is training, 1 rounds done"):
+        training.wait(0)
+
+
 def test_the_round_that_runs_is_told_by_tenths_and_each_round_with_its_rule(client, bucket, tmp_path, capsys):
     """Progress is shown while its round runs; each round is told with its rule, its numbers and why it was refused."""
     name = tmp_path.name.replace("_", "-")

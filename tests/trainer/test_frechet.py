@@ -134,3 +134,19 @@ def test_is_deterministic_and_warns_of_few_images():
     assert result.warnings == ("few_images",)
     with pytest.raises(ValueError, match="too few"):
         calculate_fid(discs(3, 1), discs(1, 2))
+
+
+def test_images_that_cannot_be_compared_are_told():
+    """Another form, another size, values outside [-1, 1], no numbers and nothing but one image are refused in words."""
+    images = torch.rand(8, 1, 16, 16) * 2 - 1
+    wrong = {
+        "are \\(N, 1, H, W\\), not \\(8, 16, 16\\)": images[:, 0],
+        "\\(8, 8\\) and \\(16, 16\\) cannot be compared": images[:, :, :8, :8],
+        "in \\[-1, 1\\]": images * 127,
+        "all of them finite": images * torch.nan,
+    }
+    for why, generated in wrong.items():
+        with pytest.raises(ValueError, match=why):
+            calculate_fid(images, generated)
+    with pytest.raises(ValueError, match="all the same"):
+        calculate_fid(torch.zeros_like(images), images)

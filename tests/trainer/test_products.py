@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import shutil
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DCIODVFY = shutil.which("dciodvfy")
 DCMTK = shutil.which("dcm2img") or shutil.which("dcmj2pnm")
 CPU = torch.device("cpu")
-CT = Units("CT", (-1000.0, 400.0))
+CT = Units(modality="CT", window=(-1000.0, 400.0))
 ORIGIN = Origin("ab" * 32, 3)
 LOSSES = [
     {"step": 1, "generator_loss": 0.7, "discriminator_loss": 0.6},
@@ -112,18 +113,20 @@ def test_generator_is_read_as_tensors_and_only_as_described(tmp_path):
     """What was written is read back with the same weights; a file with another hash or other parameters is refused."""
     told, out = made(tmp_path, n_classes=2)
     config = read_config((tmp_path / "config.js").read_text("utf-8"))
-    described = {"sha256": told["sha256"], "config": config}
-    generator = products.load_generator(out / "generator.pt", described)
+    generator = products.load_generator(out / "generator.pt", told["sha256"], config)
     labels = products.labels_of(generator, 5)
     images = products.draw(generator, 5, labels, seed=told["seed"], device=CPU)
 
     assert np.array_equal(images[:, 0].numpy(), np.load(out / "images.npy"))
     with pytest.raises(products.WrongModel, match="sha256"):
-        products.load_generator(out / "generator.pt", described | {"sha256": "0" * 64})
+        products.load_generator(out / "generator.pt", "0" * 64, config)
     with pytest.raises(products.WrongModel, match="does not fit"):
-        products.load_generator(out / "generator.pt", described | {"config": config | {"width": 3}})
+        products.load_generator(out / "generator.pt", told["sha256"], config | {"width": 3})
     with pytest.raises(products.WrongModel, match="does not fit"):
-        products.load_generator(out / "generator.pt", {"sha256": told["sha256"]})
+        products.load_generator(out / "generator.pt", told["sha256"], {})
+    (out / "generator.pt").write_bytes(b"")
+    with pytest.raises(products.WrongModel, match="does not fit"):
+        products.load_generator(out / "generator.pt", hashlib.sha256(b"").hexdigest(), config)
 
 
 def test_interpolation_walks_from_one_image_to_another_on_the_sphere(tmp_path):
@@ -203,12 +206,12 @@ def test_dicom_restores_the_window():
 
 def test_dicom_without_a_common_window_has_no_unit():
     """Where the arrays of a dataset differ, the values are 0 to 4095 of no unit, not another series' HU."""
-    units = Units.common([CT, Units("CT", (-160.0, 240.0))])
+    units = Units.common([CT, Units(modality="CT", window=(-160.0, 240.0))])
     found = dcmread(io.BytesIO(instance(np.array([[-1, 1]]), 0, units, ORIGIN)))
 
     assert apply_modality_lut(found.pixel_array, found)[0] == pytest.approx([0, 4095])
     assert (found.Modality, found.RescaleType) == ("CT", "US")
-    assert Units.common([CT, Units("MR", CT.window)]) == Units()
+    assert Units.common([CT, Units(modality="MR", window=CT.window)]) == Units()
     assert Units.common([CT, CT]) == CT
 
 
