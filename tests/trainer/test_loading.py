@@ -378,6 +378,8 @@ async def test_what_cannot_be_trained_on_is_refused_with_numbers(machine, memory
         (files_of("ab") | {"scan.0.axial.npy": made()[:-1]}, "invalid_array", {}),
         (files_of("ab") | {"scan.0.axial.npy": made(value=1.5)}, "not_normalised", {}),
         (files_of("ab") | {"scan.0.axial.json": b"[]"}, "invalid_sidecar", {}),
+        (files_of("ab") | {"scan.0.axial.json": b'{"window": [0, 1e999]}'}, "invalid_sidecar", {}),
+        (files_of("ab") | {"scan.0.axial.json": b'{"window": [5, 5]}'}, "invalid_sidecar", {}),
         (files_of("ab") | {"scan.0.axial.json": b'{"class": "DOE^JANE"}'}, "invalid_sidecar", {}),
         (files_of("abc") | {"scan.0.axial.json": b'{"class": "x"}'}, "class_missing", {"n_without": 2, "n_arrays": 3}),
         (
