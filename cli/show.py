@@ -212,7 +212,9 @@ def _outcomes(series: "Series") -> str:
 def training_table(training: "Training") -> RenderableType:
     """Show the rounds of a training, and how far the one that runs is."""
     title = f"Training {training.request_id}, {training.goal}: {training.state}"
-    table = Table("round", "rule", "steps", title=escape(title), title_justify="left")
+    table = Table("round", title=escape(title), title_justify="left")
+    table.add_column("rule", no_wrap=True)  # cut off, `overfitted` and `overpowered` are the same
+    table.add_column("steps")
     for column in ("distance", "floor", "relative", "coverage", "copies", "seconds"):
         table.add_column(column, justify="right")
     table.add_column("warnings")

@@ -199,7 +199,10 @@ async def check_study(
         try:
             tried = await try_study(found, source, output, serving=serving, bounds=bounds, log=log)
         except ChildFailed as failed:
-            remedy = "Mend the import of the application at that place, or install what it needs."
+            remedy = (
+                "Mend the import of the application at that place, or install what it needs. A program that does its "
+                "work when it is imported needs `isolation: process` (--isolation process)."
+            )
             return [Finding("study", "error", f"it does not start: {failed}", remedy)]
         except Unavailable as reason:
             return [Finding("study", "error", str(reason), "Run the check again.")]

@@ -6,6 +6,7 @@ is rebuilt from their records, and the sampler's seed is the number of the round
 leads to the same parameters.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ def decide(seen: Situation) -> Decision:
     Raises:
         ModuleNotFoundError: Optuna is not installed.
     """
+    if importlib.util.find_spec("optuna") is None:  # told before the first round, not after it
+        raise ModuleNotFoundError("optuna")
     ruled = policy.decide(replace(seen, divergences=0))
     if ruled.next == "generate" or (not seen.history and not seen.divergences):
         return ruled

@@ -8,8 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from shared.config import ServiceSettings
+from shared.errors import Unavailable, Unprocessable
 from shared.messages import ReportRequest, ReportRequested
 from shared.metrics import METRICS, RADQUEUE
+from shared.queue.fates import why_of
 
 ROOT = Path(__file__).parent.parent.parent
 GUIDE = (ROOT / "docs" / "queue.md").read_text()
@@ -66,3 +68,10 @@ def test_the_metrics_are_the_declared_ones():
     declared = {one.name: one.unit for one in METRICS if one.namespace == RADQUEUE and "Queue" in one.dimensions}
 
     assert {name: unit for name, unit, _ in table("Metrics")} == declared
+
+
+def test_only_the_text_of_unavailable_is_logged():
+    """It is ours, and names what does not answer; any other exception may hold values."""
+    assert why_of(Unavailable("DICOMweb answers HTTP 401")) == "DICOMweb answers HTTP 401"
+    for other in (None, Unavailable(), ValueError("DOE^JANE"), Unprocessable("bad", "x")):
+        assert why_of(other) is None

@@ -61,10 +61,9 @@ def test_the_search_ends_as_the_rules_do_and_learns_nothing_from_copies():
 
 
 async def test_a_trainer_without_optuna_says_so(objects, start, tmp_path, monkeypatch):
-    """A request for the search, where it is not installed, cannot be trained, and its reason names what is missing."""
+    """A request for the search, where it is not installed, is refused before the first round, with what is missing."""
     monkeypatch.setitem(sys.modules, "optuna", None)
     request = requested("any", strategy="optuna").data
     run = Run(request, f"models/{request.request_id}", 1, start(objects).ports(), tmp_path)
-    await run.store_state((await run.state(1)).model_copy(update={"divergences": 1}))
     with pytest.raises(CannotTrain, match="search_not_installed"):
         await modify(run)
