@@ -9,6 +9,7 @@
 | `blank` | slices that show nothing; if the dataset wants it |
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ def assemble(
     kept = np.ones(len(stack), bool)
     valid = True
     for index, frame, dataset in _frames(series, stack, config, blank):
-        valid = valid and bool(np.isfinite(frame).all())
+        # One number that is none makes the sum none; a sum may be none without that, where the numbers are huge.
+        valid = valid and (math.isfinite(frame.sum()) or bool(np.isfinite(frame).all()))
         inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
         spacing = stack[index].slice.pixel_spacing
         if config.window is None:
@@ -105,8 +107,11 @@ def assemble(
 def _stack(series: Series, config: arrays.ArrayConfig, blank: Sequence[BlankRule]) -> tuple[list[Placed], Counter[str]]:
     """Return the frames of the array in order, and how many others each rule leaves out; `blank` is asked later."""
     chosen, left_out = _chosen(series.headers, series.description, config, blank)
-    geometry, order, _ = survey([placed.slice for placed in chosen]) if chosen else (None, [], [])
-    stack = [chosen[index] for index in order[: geometry.n_in_stack if geometry else 0]]
+    geometry = series.description.geometry
+    if left_out and chosen:  # what is left may have another order
+        geometry, order, _ = survey([placed.slice for placed in chosen])
+        chosen = [chosen[index] for index in order]
+    stack = chosen[: geometry.n_in_stack if geometry else 0]
     left_out["other_stack"] += len(chosen) - len(stack)
     return stack, left_out
 

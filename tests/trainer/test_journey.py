@@ -223,8 +223,10 @@ async def test_failure_is_told_with_its_numbers_until_the_request_is_tried_again
     failure = await document(objects, key)
 
     assert failure["told"]["reason_code"] == "too_little_data"
-    assert sorted(failure["numbers"].values()) == [2, 5, 8, 8]
-    assert failure["numbers"].items() <= next(line for line in lines if line["event"] == "training.failed").items()
+    assert sorted(failure["told"]["numbers"].values()) == [2, 5, 8, 8]
+    assert (
+        failure["told"]["numbers"].items() <= next(line for line in lines if line["event"] == "training.failed").items()
+    )
 
     await put_series(objects, small, "1.3.2", patient="c", rng=rng)
     await put_series(objects, small, "1.3.1", patient="b", rng=rng, digest="02" * 8)
