@@ -9,7 +9,6 @@
 | `blank` | slices that show nothing; if the dataset wants it |
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,8 +77,7 @@ def assemble(
     kept = np.ones(len(stack), bool)
     valid = True
     for index, frame, dataset in _frames(series, stack, config, blank):
-        # One number that is none makes the sum none; a sum may be none without that, where the numbers are huge.
-        valid = valid and (math.isfinite(frame.sum()) or bool(np.isfinite(frame).all()))
+        valid = valid and bool(np.isfinite(frame).all())
         inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
         spacing = stack[index].slice.pixel_spacing
         if config.window is None:
