@@ -25,6 +25,7 @@ LOOKS_PER_LISTING = 5
 """A series that has settled may get a newer revision, which is looked for at every so many looks."""
 STAGES = ("uploaded", "stored", "settled", "inferred", "pushed")
 WAITS_FOR = {
+    "uploaded": " (if its dataset is de-identified as it is stored, it has other UIDs now, and cannot be followed)",
     "settled": " (the log of the inference worker says what it waits for)",
     "inferred": " (the archive has not taken its results; the log of the inference worker says why)",
 }
@@ -134,14 +135,18 @@ class Journey:
         """Of objects that belong to no series."""
         self.waiting_for: set[str] = set()
         """Hashes of objects that are no DICOM: only a rejection can come of them."""
+        self._beside: dict[str, str] = {}
+        """Hashes of what lies in archives beside instances, and of those archives, by the archive: junk, or refused."""
         self._decisions: dict[str, StudyRouting] = {}
         """What was decided for whole studies, by key."""
         self._uploads = {upload.sha256: upload for upload in uploads}
         by_uid: dict[tuple[str, str], Series] = {}
         for upload in self._uploads.values():
-            found = instances(upload)
+            found, others = instances(upload)
             if not found:
                 self.waiting_for.add(upload.sha256)
+            else:
+                self._beside |= dict.fromkeys(others, upload.sha256)
             for instance in found:
                 uids = instance.study_uid, instance.series_uid
                 if uids not in by_uid:
@@ -170,6 +175,10 @@ class Journey:
             if not series.ended:
                 self._look_at(series)
                 self._reached(series)
+        if self.ended:  # ingest refuses what is in an archive before it announces its series
+            found = (self._rejection(*one) for one in self._beside.items())
+            self.rejections += [rejection for rejection in found if rejection is not None]
+            self._beside.clear()
 
     def wait(self, timeout_s: float, seen: Callable[["Journey"], None] = lambda _: None) -> None:
         """Look until everything came to an end; `seen` is called after each look. Raises `Refused` when time is up."""

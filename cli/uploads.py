@@ -83,11 +83,18 @@ def send(client: Client, uploads: Sequence[Upload], told: Callable[[int], None])
             done.result()
 
 
-def instances(upload: Upload) -> list[Instance]:
-    """Read the headers of what is in an upload; files that are no DICOM are left out."""
+def instances(upload: Upload) -> tuple[list[Instance], set[str]]:
+    """Read the headers of what is in an upload: the instances, and the hashes of what is none and may be refused."""
     silence()
-    found = (_instance(body, upload.sha256) for body in _bodies(upload.path))
-    return [instance for instance in found if instance is not None]
+    found, others = [], {upload.sha256}
+    for body in _bodies(upload.path):
+        object_sha256 = hashlib.sha256(body).hexdigest()
+        instance = _instance(body, object_sha256, upload.sha256)
+        if instance is None:
+            others.add(object_sha256)
+        else:
+            found.append(instance)
+    return found, others - {instance.object_sha256 for instance in found}
 
 
 def files(given: Path) -> Iterator[Path]:
@@ -143,9 +150,13 @@ def _untarred(path: Path) -> Iterator[bytes]:
                 yield stream.read()
 
 
-def _instance(body: bytes, upload_sha256: str) -> Instance | None:
+def _instance(body: bytes, object_sha256: str, upload_sha256: str) -> Instance | None:
     from pydicom import dcmread  # noqa: PLC0415 - only whoever waits for results needs it
 
+    from services.ingest.reading import looks_like_dicom  # noqa: PLC0415
+
+    if not looks_like_dicom(body[:PREAMBLE_BYTES]):  # 200 MB of zeros take pydicom minutes
+        return None
     try:
         header = dcmread(io.BytesIO(body), stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
         uids = [str(header.get(name, "")) for name in HEADER_TAGS[:3]]
@@ -158,4 +169,4 @@ def _instance(body: bytes, upload_sha256: str) -> Instance | None:
     sha = None
     if body[:PREAMBLE_BYTES].endswith(DICOM_MAGIC) and isinstance(group_length, int):
         sha = sha_of(body[PREAMBLE_BYTES + GROUP_LENGTH_BYTES + group_length :])
-    return Instance(uids[0], uids[1], uids[2], sha, modality, hashlib.sha256(body).hexdigest(), upload_sha256)
+    return Instance(uids[0], uids[1], uids[2], sha, modality, object_sha256, upload_sha256)

@@ -186,13 +186,14 @@ def test_instances_are_known_by_the_keys_that_ingest_gives_them(tmp_path):
         for path in folder.iterdir():
             made.write(path)
         made.writestr("readme.txt", "no image")
-    loose = [found for upload in uploads.collect([folder], "d") for found in uploads.instances(upload)]
+    loose = [found for upload in uploads.collect([folder], "d") for found in uploads.instances(upload)[0]]
     (zipped,) = uploads.collect([archive], "d")
     keys = {instance_key(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha) for one in loose}
 
     assert len(keys) == 2
     assert keys == {
-        instance_key(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha) for one in uploads.instances(zipped)
+        instance_key(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha)
+        for one in uploads.instances(zipped)[0]
     }
 
 

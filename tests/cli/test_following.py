@@ -1,4 +1,6 @@
+import hashlib
 import json
+import zipfile
 from datetime import UTC, datetime
 
 import pytest
@@ -83,7 +85,7 @@ def uploaded(tmp_path):
     """Three slices of a series of this test alone, and what is in them."""
     folder = write_ct_series(tmp_path / "ct", slices=3, size=16, patient=Patient("PHANTOM^X", tmp_path.name))
     uploads = collect([folder], "d")
-    return uploads, [found for upload in uploads for found in instances(upload)]
+    return uploads, [found for upload in uploads for found in instances(upload)[0]]
 
 
 def stage(journey):
@@ -252,6 +254,31 @@ def test_an_id_that_another_request_had_first_ends_the_waiting(client, bucket, t
 
     with pytest.raises(Refused, match="was made before, with another max_rounds"):
         training.wait(0)
+
+
+def test_what_an_archive_holds_beside_a_series_and_is_refused_is_told(client, bucket, tmp_path):
+    """A member that is no DICOM, and an archive with members that were withheld: known when the series has ended."""
+    folder = write_ct_series(tmp_path / "ct", slices=2, size=16, patient=Patient("PHANTOM^X", tmp_path.name))
+    with zipfile.ZipFile(tmp_path / "study.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+        archive.writestr("broken", b"\x08\x00 no DICOM")
+        archive.writestr("zeros", bytes(1_000_000))
+    (upload,) = collect([tmp_path / "study.zip"], "d")
+    found, others = instances(upload)
+    journey = Journey(client, [upload])
+    journey.look()
+    for one in others - {hashlib.sha256(bytes(1_000_000)).hexdigest()}:
+        bucket.refuse(one, "not_dicom")
+    bucket.put(f"{bucket.settle(found)}routing.json", {"maps": []})
+    journey.look()
+
+    assert journey.ended
+    assert len(others) == 3
+    assert {one.object_sha256 for one in journey.all_rejections} == {
+        upload.sha256,
+        hashlib.sha256(b"\x08\x00 no DICOM").hexdigest(),
+    }
 
 
 def test_a_timeout_tells_how_far_it_came(client, bucket, tmp_path):

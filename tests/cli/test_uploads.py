@@ -1,6 +1,7 @@
 """What `radqueue upload` finds in what it sends."""
 
 import gzip
+import hashlib
 import io
 import tarfile
 
@@ -32,14 +33,15 @@ def test_the_instances_of_a_tar_are_those_of_its_files(dicom_bytes, tmp_path, mo
     archive = tmp_path / "study"
     archive.write_bytes(tar_of(members, mode))
     (sent,) = uploads.collect([archive], "d")
-    plain = [one for path in tmp_path.glob("*.dcm") for one in uploads.instances(*uploads.collect([path], "d"))]
-    found = uploads.instances(sent)
+    plain = [one for path in tmp_path.glob("*.dcm") for one in uploads.instances(*uploads.collect([path], "d"))[0]]
+    found, others = uploads.instances(sent)
 
     assert {(one.sop_instance_uid, one.sha, one.object_sha256) for one in found} == {
         (one.sop_instance_uid, one.sha, one.object_sha256) for one in plain
     }
     assert len(found) == 2
     assert {one.upload_sha256 for one in found} == {sent.sha256}
+    assert {sent.sha256, hashlib.sha256(b"hello").hexdigest()} <= others
 
 
 @pytest.mark.parametrize("cut", [600, -3000])
@@ -48,6 +50,6 @@ def test_nothing_more_is_expected_of_a_damaged_tar(dicom_bytes, tmp_path, cut):
     archive = tmp_path / "study.tar"
     archive.write_bytes(tar_of({"a": dicom_bytes(PixelData=bytes(4000), Rows=40, Columns=50)}, "w:")[:cut])
     (tmp_path / "text.gz").write_bytes(gzip.compress(b"no tar"))
-    found = [uploads.instances(one) for one in uploads.collect([archive, tmp_path / "text.gz"], "d")]
+    found = [uploads.instances(one)[0] for one in uploads.collect([archive, tmp_path / "text.gz"], "d")]
 
     assert [len(instances) for instances in found] == [int(cut < 0), 0]
