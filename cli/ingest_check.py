@@ -81,7 +81,12 @@ class Check:
 def command(
     context: typer.Context,
     *,
-    folder: Annotated[Path, typer.Argument(help="A folder of DICOM files and zips, or one file.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of DICOM files and zips, without its hidden files, or one file.", show_default=False
+        ),
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
     """Read every file as ingest would, here and without AWS, and tell what it would take and what it would refuse.

@@ -136,7 +136,7 @@ class Journey:
         self.waiting_for: set[str] = set()
         """Hashes of objects that are no DICOM: only a rejection can come of them."""
         self._beside: dict[str, str] = {}
-        """Hashes of what lies in archives beside instances, and of those archives, by the archive: junk, or refused."""
+        """Upload, by hash, of what may be refused and need not be: what lies in archives beside instances."""
         self._decisions: dict[str, StudyRouting] = {}
         """What was decided for whole studies, by key."""
         self._uploads = {upload.sha256: upload for upload in uploads}
@@ -152,6 +152,9 @@ class Journey:
                 if uids not in by_uid:
                     by_uid[uids] = Series(*uids, instance.modality, upload.key.split("/")[1], {})
                     self.series.append(by_uid[uids])
+                other = by_uid[uids].expected.get(instance.sop_instance_uid, instance)
+                if other != instance:  # one of them stays
+                    self._beside[other.object_sha256] = other.upload_sha256
                 by_uid[uids].expected[instance.sop_instance_uid] = instance
 
     @property

@@ -138,7 +138,9 @@ def status(context: typer.Context, *, json: Json = False) -> None:
 def upload(
     context: typer.Context,
     *,
-    paths: Annotated[list[Path], typer.Argument(help="Files, folders and zips.", show_default=False)],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Files, zips, folders without their hidden files.", show_default=False)
+    ],
     dataset: Annotated[str, typer.Option(help="What the images belong to; trainings are of a dataset.")] = "default",
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the results.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 3600,

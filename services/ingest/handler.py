@@ -214,13 +214,14 @@ async def _store(instance: Instance, path: Path, ports: Ports) -> None:
     uid = instance.sop_instance_uid
     key = instance_key(instance.study_uid, instance.series_uid, uid, instance.sha)
     prefix = f"{series_prefix(instance.study_uid, instance.series_uid)}{uid}."
-    found = [stored_instance(item.key) async for item in ports.objects.list(prefix)]
-    namesakes = {item.key for item in found if item is not None and item.sop_instance_uid == uid}
-    if key in namesakes:
-        return
-    if namesakes:
-        raise Rejected("conflicting_duplicate", uid)
-    await ports.objects.upload(path, key)
+    async with ports.storing(prefix):
+        found = [stored_instance(item.key) async for item in ports.objects.list(prefix)]
+        namesakes = {item.key for item in found if item is not None and item.sop_instance_uid == uid}
+        if key in namesakes:
+            return
+        if namesakes:
+            raise Rejected("conflicting_duplicate", uid)
+        await ports.objects.upload(path, key)
 
 
 async def _reject(created: CreatedObject, dataset: str, rejected: Rejected, path: Path | None, ports: Ports) -> None:

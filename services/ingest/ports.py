@@ -51,5 +51,7 @@ class Ports:
     lag: Lag = field(default_factory=Lag)
     settling: KeyedLocks = field(default_factory=KeyedLocks)
     """Of series: two settlings of one series in this process wait for each other."""
+    storing: KeyedLocks = field(default_factory=KeyedLocks)
+    """Of SOPInstanceUIDs: of two data sets under one that come at the same moment, the first one stays."""
     markers: KeyedLocks = field(default_factory=KeyedLocks)
     """Of the settling markers: instances of one series that come at the same moment send one message."""

@@ -68,7 +68,7 @@ WARNINGS = {
     "excess_pixel_data": "Bytes behind the pixel data that the header tells of were dropped.",
     "icon_removed": "A compressed icon was removed with the compression of the image.",
     # Of a series.
-    "conflicting_instances": "Two data sets with one SOPInstanceUID were stored at the same moment; the older is used.",
+    "conflicting_instances": "Two workers stored data sets with one SOPInstanceUID at one moment; the older is used.",
     "gantry_tilt": "A tilted gantry sheared the slices against their normal: a stack of them is no upright volume.",
     "tilt_tag_mismatch": "GantryDetectorTilt says another angle than the positions.",
     "sheared": "The slices are shifted along their rows.",
