@@ -34,6 +34,7 @@ from shared.errors import Unavailable, Unprocessable
 from shared.log import get_logger
 from shared.messages import Geometry, ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
 from shared.objects import ObjectMissing, ObjectSummary
+from shared.once import once
 from shared.queue import receive_count
 from shared.settling import LAST_MODIFIED_S, bucket_of, delay_s, is_responsible, send_once
 
@@ -133,8 +134,10 @@ async def settle(dataset: str, study_uid: str, series_uid: str, *, ports: Ports)
     """Store the revision of a series as it stands, and announce it.
 
     Afterwards the revision and its array are stored, and `series.ready` was sent. A second run finds the revision and
-    announces the same event; of two at the same time one revision wins, and both announce it. A revision that was
-    overtaken by one with more instances is not stored.
+    announces the same event. A revision that was overtaken by one with more instances is not stored.
+
+    Raises:
+        Claimed, Continue: another worker settles the series.
     """
     async with ports.settling(series_uid):
         listed = ports.clock()
@@ -152,27 +155,37 @@ async def _settle(
     if not instances:
         raise Unprocessable("series_gone")
     digest = digest_of(instances)
-    key = revision_key(study_uid, series_uid, digest)
 
-    # Compute and store. Another worker may have settled the series meanwhile, with fewer instances or with more.
-    if key not in (item.key for item in listing):
-        series = Series(dataset, study_uid, series_uid, tuple(instances), digest, listed)
-        made = await _revise(series, warnings, ports)
-        others = await _revisions(study_uid, series_uid, ports)
-        if any(set(made.instances) < set(other.instances) for other in others):
-            log.info("series.overtaken", series=series_uid, instances=len(instances))
-            return
-        newest = max((other for other in others if other.digest != digest), key=lambda one: one.created, default=None)
-        made = made.model_copy(update={"supersedes": newest.digest if newest else None})
-        await ports.objects.put_if_absent(key, made.body())
-
-    revision = Revision.parse(await ports.objects.get(key))
+    # Compute and store, one worker at a time: of two revisions the later one names the earlier one.
+    series = Series(dataset, study_uid, series_uid, tuple(instances), digest, listed)
+    revision = await once(
+        ports.objects,
+        revision_key(study_uid, series_uid, digest),
+        Revision,
+        lambda _: _succeed(series, warnings, ports),
+        claim=f"settling/_claims/{study_uid}/{series_uid}.json",
+        lease_s=ports.settings.visibility_s / 2,
+        clock=ports.clock,
+    )
+    if revision is None:
+        log.info("series.overtaken", series=series_uid, instances=len(instances))
+        return
     if revision.dataset != dataset:
         await _array_of_another(revision, dataset, ports)
 
     # Announce what is stored, which may be another worker's.
     await ports.publish(_ready(revision, ports.datasets.of(revision.dataset)))
     log.info("series.ready", series=series_uid, instances=len(revision.instances), warnings=revision.warnings)
+
+
+async def _succeed(series: Series, warnings: Sequence[str], ports: Ports) -> Revision | None:
+    """Make the revision that follows those that are stored; None where one of them has all of it and more."""
+    made = await _revise(series, warnings, ports)
+    others = await _revisions(series.study_uid, series.series_uid, ports)
+    if any(set(made.instances) < set(other.instances) for other in others):
+        return None
+    newest = max(others, key=lambda other: other.created, default=None)
+    return made.model_copy(update={"supersedes": newest.digest if newest else None})
 
 
 async def _revisions(study_uid: str, series_uid: str, ports: Ports) -> list[Revision]:

@@ -1,5 +1,6 @@
 """When a series settles, in the time of the test: how often, for which dataset, and what ends it for good."""
 
+import hashlib
 import itertools
 import math
 import random
@@ -18,7 +19,7 @@ from shared.child import ChildFailed
 from shared.dicom import instance_key
 from shared.errors import Unprocessable
 from shared.messages import SeriesReady, SeriesSettling
-from shared.objects import ObjectStore, ObjectSummary
+from shared.objects import ObjectMissing, ObjectStore, ObjectSummary
 
 START = datetime(2026, 5, 1, tzinfo=UTC)
 
@@ -48,7 +49,7 @@ async def test_a_series_that_grows_settles_now_and_then(bench, maker, make_part_
     now_s, turn = 0.0, itertools.count()
     store = TimedStore(bench.objects, lambda: START + timedelta(seconds=now_s))
     if markers_are_lost:  # of every third bucket
-        store.lost = lambda key: key.startswith("settling/") and int(key.rpartition("/")[2]) % 180 == 0
+        store.lost = lambda key: key.startswith("settling/lung/") and int(key.rpartition("/")[2]) % 180 == 0
     settings = bench.ports.settings.model_copy(update={"max_settle_s": 300})
     ports = replace(bench.ports, objects=store, clock=store.clock, settings=settings)
     work = [(30.0 * number, next(turn), make_part_10(maker.ct(number))) for number in range(30)]
@@ -173,8 +174,11 @@ class MemoryStore(ObjectStore):
         super().__init__(None, "bucket")
         self.clock, self.stored, self.n_listings = clock, {}, 0
 
-    async def get(self, key):
-        return self.stored[key][0]
+    async def get_with_etag(self, key):
+        if key not in self.stored:
+            raise ObjectMissing
+        body = self.stored[key][0]
+        return body, hashlib.sha256(body).hexdigest()
 
     async def exists(self, key):
         return key in self.stored
@@ -188,6 +192,12 @@ class MemoryStore(ObjectStore):
         if free:
             await self.put(key, body)
         return free
+
+    async def put_if_match(self, key, body, etag):
+        if (await self.get_with_etag(key))[1] != etag:
+            return None
+        await self.put(key, body)
+        return (await self.get_with_etag(key))[1]
 
     async def download(self, key, path):
         path.write_bytes(self.stored[key][0])
