@@ -1,4 +1,4 @@
-"""`radqueue ingest-check`: what ingest would say to each file of an archive, told on this machine, without AWS.
+"""`radqueue ingest-check`: what ingest would say to each file and series of an archive, here and without AWS.
 
 The files are read by the same children, with the same limits, as in the service. Nothing is sent or kept, and of what
 stands in the files only codes and UIDs are told.
@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import TypeAdapter
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,12 +23,18 @@ from rich.table import Table
 from cli import show
 from cli.client import Refused
 from cli.uploads import files
+from services.ingest.answers import Instance
 from services.ingest.decoder import Decoder, Rejected
+from services.ingest.geometry import Slice, survey
 from services.ingest.reasons import REASONS, WARNINGS
 from services.ingest.settings import IngestSettings
+from shared.child import ChildFailed
 from shared.concurrency import all_of, temporary_folder
 from shared.config import load
 from shared.errors import Unavailable
+from shared.messages import Geometry
+
+_SLICES = TypeAdapter(list[Slice])
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +53,64 @@ class Verdict:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One instance that ingest would store."""
+
+    instance: Instance
+    slices: Sequence[Slice]
+    modality: str | None
+    failure: str = ""
+    """Why its series could not be described: a code of `reasons.DEAD_LETTERS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesVerdict:
+    """What ingest would tell of a series."""
+
+    study_uid: str
+    series_uid: str
+    modality: str | None
+    n_instances: int
+    geometry: Geometry | None
+    """None for a series without images."""
+    warnings: Sequence[str]
+    """About its geometry, or why that is not known; those of its instances stand with the files."""
+
+    @classmethod
+    def of(cls, taken: Sequence[Taken]) -> "SeriesVerdict":
+        """Say of the instances of one series how their slices lie."""
+        slices = [item for one in taken for item in one.slices]
+        failures = sorted({one.failure for one in taken} - {""})
+        geometry, _, warnings = survey(slices) if slices and not failures else (None, [], failures)
+        first = taken[0].instance
+        return cls(first.study_uid, first.series_uid, taken[0].modality, len(taken), geometry, warnings)
+
+
 @dataclass(slots=True)
 class Check:
     """The verdicts on an archive."""
 
     verdicts: list[Verdict] = field(default_factory=list)
+    taken: dict[str, Taken] = field(default_factory=dict)
+    """By path as in the verdict."""
+    series: list[SeriesVerdict] = field(default_factory=list)
     seconds: float = 0.0
+
+    def conclude(self) -> None:
+        """Put the series together; of two data sets under one SOPInstanceUID the first by path stays, as in ingest."""
+        self.verdicts.sort(key=lambda verdict: verdict.path)
+        series: dict[tuple[str, str], dict[str, Taken]] = {}
+        for number, verdict in enumerate(self.verdicts):
+            if not verdict.taken:
+                continue
+            taken = self.taken[verdict.path]
+            uid = taken.instance.sop_instance_uid
+            stays = series.setdefault((taken.instance.study_uid, taken.instance.series_uid), {}).setdefault(uid, taken)
+            if stays.instance.sha != taken.instance.sha:
+                refused = replace(verdict, taken=False, reason_code="conflicting_duplicate", place=uid)
+                self.verdicts[number] = refused
+        self.series = [SeriesVerdict.of(list(by_uid.values())) for _, by_uid in sorted(series.items())]
 
     @property
     def n_refused(self) -> int:
@@ -71,6 +130,9 @@ class Check:
         """Return everything as one JSON document."""
         return {
             "files": [asdict(verdict) for verdict in self.verdicts],
+            "series": [
+                asdict(one) | {"geometry": one.geometry and one.geometry.model_dump(mode="json")} for one in self.series
+            ],
             "taken": len(self.verdicts) - self.n_refused,
             "refused": self.n_refused,
             **self.counts(),
@@ -90,6 +152,8 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
     """Read every file as ingest would, here and without AWS, and tell what it would take and what it would refuse.
+
+    And of each series how its slices lie: whether they are a regular stack, or what a MAP may stumble over.
 
     Its limits are the service's: set RADQUEUE_DECODERS, RADQUEUE_MAX_PIXEL_BYTES and so on as there.
     """
@@ -122,7 +186,10 @@ async def _check(paths: Sequence[Path], settings: IngestSettings, done: Callable
 
     async def work(folder: Path) -> None:
         for path in left:
-            check.verdicts += await _verdicts(path, folder, decoder, settings)
+            for verdict, taken in await _verdicts(path, folder, decoder, settings):
+                check.verdicts.append(verdict)
+                if taken is not None:
+                    check.taken[verdict.path] = taken
             done()
 
     try:
@@ -137,43 +204,54 @@ async def _check(paths: Sequence[Path], settings: IngestSettings, done: Callable
         raise Refused(f"cannot read {error.filename}: {error.strerror}") from None
     finally:
         await decoder.stop()
-    check.verdicts.sort(key=lambda verdict: verdict.path)
+    check.conclude()
     check.seconds = time.monotonic() - began
     return check
 
 
-async def _verdicts(path: Path, folder: Path, decoder: Decoder, settings: IngestSettings) -> list[Verdict]:
+Found = tuple[Verdict, Taken | None]
+
+
+async def _verdicts(path: Path, folder: Path, decoder: Decoder, settings: IngestSettings) -> list[Found]:
     """Judge one file, or the members of a zip; what lies in a zip beside its images has no verdict."""
     with path.open("rb"):  # whether it may be read is no question of its content
         pass
     if path.stat().st_size > settings.max_upload_bytes:
-        return [Verdict(str(path), taken=False, reason_code="too_large")]
+        return [_refused(str(path), "too_large")]
     try:
         members = await decoder.unpack(path.resolve(), folder)
     except Rejected as rejected:
-        return [Verdict(str(path), taken=False, reason_code=rejected.reason_code, place=rejected.place)]
+        return [_refused(str(path), rejected.reason_code, rejected.place)]
     if members is None:
         return [await _verdict(str(path), path.resolve(), folder / "out", decoder)]
     found = []
     for member in members:
         name = f"{path}#{member.number}"
         if member.reason_code is not None:
-            found.append(Verdict(name, taken=False, reason_code=member.reason_code))
+            found.append(_refused(name, member.reason_code))
         elif member.path is not None:
             found.append(await _verdict(name, Path(member.path), folder / "out", decoder))
             Path(member.path).unlink()
-    return found or [Verdict(str(path), taken=False, reason_code="not_dicom")]
+    return found or [_refused(str(path), "not_dicom")]
 
 
-async def _verdict(name: str, path: Path, out: Path, decoder: Decoder) -> Verdict:
+def _refused(name: str, reason_code: str, place: str = "", seconds: float = 0.0) -> Found:
+    return Verdict(name, taken=False, reason_code=reason_code, place=place, seconds=seconds), None
+
+
+async def _verdict(name: str, path: Path, out: Path, decoder: Decoder) -> Found:
     began = time.monotonic()
     try:
         instance = await decoder.normalise(path, out)
     except Rejected as rejected:
-        seconds = round(time.monotonic() - began, 4)
-        return Verdict(name, taken=False, reason_code=rejected.reason_code, place=rejected.place, seconds=seconds)
+        return _refused(name, rejected.reason_code, rejected.place, round(time.monotonic() - began, 4))
     seconds = round(time.monotonic() - began, 4)
-    return Verdict(name, taken=True, warnings=instance.warnings, decoder=instance.decoder, seconds=seconds)
+    verdict = Verdict(name, taken=True, warnings=instance.warnings, decoder=instance.decoder, seconds=seconds)
+    try:
+        told = await decoder.series_call({"op": "slices", "path": str(out)})
+    except ChildFailed as failed:
+        return verdict, Taken(instance, [], None, f"series_{failed.reason_code}")
+    return verdict, Taken(instance, _SLICES.validate_python(told["slices"]), told["modality"])
 
 
 def _show(check: Check) -> None:
@@ -189,7 +267,32 @@ def _show(check: Check) -> None:
             for code, n in counts[title].items():
                 table.add_row(code, str(n), meanings.get(code, ""))
             show.out.print(table)
+    if check.series:
+        show.out.print(_table(check.series))
     taken = len(check.verdicts) - check.n_refused
-    decoders = ", ".join(f"{name} {n}" for name, n in counts["decoders"].items())
-    show.say(f"{len(check.verdicts)} files: {taken} taken in ({decoders}), {check.n_refused} refused")
+    decoders = _counted(counts["decoders"])
+    show.say(f"{len(check.verdicts)} files: {taken} taken in{decoders}, {check.n_refused} refused")
+    show.say(f"{len(check.series)} series{_counted(Counter(map(_of, check.series)))}")
     show.say(f"{check.seconds:.1f} s, nothing was sent or kept")
+
+
+def _counted(counts: dict[str, int]) -> str:
+    told = ", ".join(f"{name} {n}" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
+    return f" ({told})" if told else ""
+
+
+def _table(series: Sequence[SeriesVerdict]) -> Table:
+    table = Table("series", "modality", "instances", "verdict", "spacing mm", "tilt deg", "warnings", title="Series")
+    table.title_justify = "left"
+    for one in series:
+        numbers = (one.geometry and one.geometry.spacing_mm, one.geometry and one.geometry.tilt_deg)
+        cells = [one.series_uid, one.modality or "", str(one.n_instances), _of(one)]
+        cells += ["" if number is None else f"{number:g}" for number in numbers]
+        table.add_row(*map(escape, cells), ", ".join(one.warnings))
+    return table
+
+
+def _of(series: SeriesVerdict) -> str:
+    if series.geometry:
+        return series.geometry.verdict
+    return "not described" if series.warnings else "no image"

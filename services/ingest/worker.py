@@ -62,6 +62,15 @@ def _describe(request: Json) -> Json:
     }
 
 
+def _slices(request: Json) -> Json:
+    """`path` of a normalised instance to where its frames lie, `geometry.Slice`, and the modality."""
+    found = Series.read([request["path"]]).description
+    return {
+        "slices": [asdict(placed.slice) for placed in found.order],
+        "modality": found.attributes.get("Modality"),
+    }
+
+
 def _measure(request: Json) -> tuple[float, float] | None:
     """`paths` of normalised instances to the window that their percentiles give, or None."""
     return measure(_series(tuple(request["paths"])), ArrayConfig(**request["config"]), _blank_rules(request))
@@ -85,6 +94,7 @@ OPERATIONS = {
     "unpack": _unpack,
     "normalise": _normalise,
     "describe": _describe,
+    "slices": _slices,
     "measure": _measure,
     "assemble": _assemble,
 }

@@ -66,6 +66,32 @@ def test_every_file_has_a_verdict(radqueue, archive):
     assert told["warnings"] == {"preamble_missing": 1}
 
 
+def test_every_series_has_a_verdict(radqueue, tmp_path):
+    """Its geometry and numbers; a gap is told, and what ingest would refuse as another data set under one UID."""
+    whole = sorted(write_ct_series(tmp_path / "whole", slices=6, size=32).iterdir())
+    gaps = sorted(write_ct_series(tmp_path / "gaps", seed=1, slices=6, size=32).iterdir())
+    gaps[2].unlink()
+    changed = dcmread(whole[3])
+    changed.PatientComments = "changed"
+    changed.save_as(tmp_path / "whole" / "z")
+    (tmp_path / "whole" / "y").write_bytes(whole[1].read_bytes())  # a repeat, which changes nothing
+    ran = radqueue("ingest-check", tmp_path, "--json")
+    text = radqueue("ingest-check", tmp_path).stdout
+    told = json.loads(ran.stdout)
+    uids = [str(dcmread(paths[0]).SeriesInstanceUID) for paths in (whole, gaps)]
+    by_uid = {one["series_uid"]: one for one in told["series"]}
+    regular, gapped = (by_uid[uid] for uid in uids)
+    (refused,) = [file for file in told["files"] if not file["taken"]]
+
+    assert (regular["n_instances"], regular["geometry"]["verdict"], regular["warnings"]) == (6, "regular", [])
+    assert (gapped["n_instances"], gapped["geometry"]["verdict"], gapped["geometry"]["n_gaps"]) == (5, "gaps", 1)
+    assert gapped["warnings"] == ["missing_slices", "uneven_spacing"]
+    assert refused["path"].endswith("/whole/z")
+    assert (refused["reason_code"], refused["place"]) == ("conflicting_duplicate", str(changed.SOPInstanceUID))
+    assert "2 series (" in text
+    assert "missing_slices" in text
+
+
 def test_nothing_of_a_patient_is_told(radqueue, archive):
     """Neither what stands in the files nor the names inside a zip come out."""
     for options in ([], ["--json"]):
