@@ -96,6 +96,11 @@ class Series:
         return self.revision.warnings if self.revision else ()
 
     @property
+    def verdict(self) -> str | None:
+        """How its slices lie, in one word; None before it has settled, and for a series without images."""
+        return self.revision.geometry.verdict if self.revision and self.revision.geometry else None
+
+    @property
     def outputs(self) -> list[dict[str, Any]]:
         """The instances that the MAPs made."""
         return [output for result in self.maps.values() for output in result.get("outputs", [])]
@@ -109,6 +114,7 @@ class Series:
             "n_instances": self.n_instances,
             "stage": self.stage,
             "digest": self.digest,
+            "geometry": self.verdict,
             "warnings": self.warnings,
             "results": [
                 {

@@ -139,11 +139,11 @@ def live(table: Callable[[], RenderableType], lines: Callable[[], list[str]]) ->
 
 def journey_table(journey: "Journey") -> Table:
     """Show where every series is."""
-    columns = "series", "dataset", "modality", "images", "stage", "MAP", "warnings"
+    columns = "series", "dataset", "modality", "images", "geometry", "stage", "MAP", "warnings"
     table = Table(*columns, title="Uploads", title_justify="left")
     for series in journey.series:
         stage = f"[{STYLES.get(series.stage, 'default')}]{_stage(series)}[/] {_reached(series):.1f} s"
-        what = series.dataset, escape(series.modality), str(series.n_instances)
+        what = series.dataset, escape(series.modality), str(series.n_instances), series.verdict or ""
         table.add_row(_short(series.series_uid), *what, stage, _outcomes(series), ", ".join(series.warnings))
     return table
 

@@ -14,7 +14,7 @@ from cli.uploads import collect, instances
 from services.inference.reasons import REASONS
 from services.inference.records import result_prefix
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key
-from shared.messages import InferenceTask
+from shared.messages import Geometry, InferenceTask
 
 EVALUATION = {
     "metric": "FD",
@@ -60,6 +60,7 @@ class Bucket:
             digest=digest_of(stored),
             created=datetime.now(UTC),
             instances=stored,
+            geometry=Geometry(verdict="tilted", n_slices=len(stored), n_positions=len(stored)),
             warnings=("gantry_tilt",),
         )
         self.put(revision.key, revision.body().decode())
@@ -115,6 +116,7 @@ def test_a_series_is_followed_through_its_stages(client, bucket, uploaded):
     assert seen == ["uploaded", "uploaded", "stored", "settled", "settled", "inferred", "pushed"]
     assert journey.ended
     assert journey.series[0].outputs == [{"sop_instance_uid": "1.2"}]
+    assert journey.summary()["series"][0]["geometry"] == "tilted"
     assert journey.summary()["series"][0]["warnings"] == ("gantry_tilt",)
     assert list(journey.series[0].seconds) == ["uploaded", "stored", "settled", "inferred", "pushed"]
 
