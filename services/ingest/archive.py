@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -30,8 +31,10 @@ CHUNK_BYTES = 1024 * 1024
 RATIO_FROM_BYTES = 16 * 1024 * 1024
 """Below this size a member is not asked for its ratio: a small image of one colour is no bomb."""
 ENCRYPTED = 0x1
-UNIX_MODE_BITS = 16
-"""A zip made on Unix has a file's mode in the upper half of its attributes."""
+UNIX_SYSTEMS, UNIX_MODE_BITS = {3, 19}, 16
+"""A zip made on Unix, or on OS X, has a file's mode in the upper half of its attributes."""
+DOS_FOLDER = 0x10
+"""In the lower half; the name of a folder may lack its slash."""
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 JUNK_FOLDERS = {"__MACOSX"}
 JUNK_NAMES = {"DICOMDIR", ".DS_STORE", "THUMBS.DB", "DESKTOP.INI", "VERSION", "LOCKFILE"}
@@ -132,7 +135,7 @@ def _unzip_member(
     """Write one member to `path`; return what became of it, and how many bytes it took of those that are left."""
     number = int(path.name)
     name = PurePosixPath(entry.filename.replace("\\", "/"))
-    if entry.file_size == 0 or JUNK_FOLDERS & set(name.parts):
+    if (entry.file_size == 0 and entry.external_attr & DOS_FOLDER) or JUNK_FOLDERS & set(name.parts):
         return Member(number), 0
     refusal = _refusal(entry)
     if refusal is not None:
@@ -154,7 +157,8 @@ def _unzip_member(
 
 def _refusal(entry: zipfile.ZipInfo) -> str | None:
     """Return why a member is not even opened."""
-    if stat.S_IFMT(entry.external_attr >> UNIX_MODE_BITS) not in {0, stat.S_IFREG}:
+    mode = entry.external_attr >> UNIX_MODE_BITS if entry.create_system in UNIX_SYSTEMS else 0
+    if stat.S_IFMT(mode) not in {0, stat.S_IFREG}:
         return "zip_link"
     if entry.flag_bits & ENCRYPTED:
         return "zip_encrypted"
@@ -180,11 +184,18 @@ def _untar(archive: Path, folder: Path, caps: ZipCaps) -> list[Member]:
             member, written = _untar_member(opened, entry, folder / str(number), left)
             left -= written
             members.append(member)
-        # tarfile takes a damaged header, or the end of the file, for the end of the archive, which is a block of zeros.
         file.seek(opened.offset)
-        if file.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+        told = bool(members) and members[-1].reason_code == "zip_damaged"
+        if not told and not _is_end(file):
             members.append(Member(len(members), reason_code="zip_damaged"))
     return members
+
+
+def _is_end(file: IO[bytes]) -> bool:
+    """Tell whether the archive ends here, in zeros: for tarfile it does at a damaged header, and before another tar."""
+    if file.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+        return False
+    return not any(chunk.strip(b"\0") for chunk in iter(partial(file.read, CHUNK_BYTES), b""))
 
 
 def _tar_entries(opened: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -200,7 +211,7 @@ def _untar_member(opened: tarfile.TarFile, entry: tarfile.TarInfo, path: Path, l
         return Member(number, reason_code="zip_link"), 0
     if entry.issparse():
         return Member(number, reason_code="zip_unsupported"), 0
-    if entry.size == 0 or JUNK_FOLDERS & set(name.parts):
+    if JUNK_FOLDERS & set(name.parts):
         return Member(number), 0
     stream = opened.extractfile(entry)
     try:
@@ -233,7 +244,8 @@ def _sorted_out(member: Member, path: Path, name: PurePosixPath) -> Member:
             return Member(member.number) if is_dicomdir(path.read_bytes()) else member
         except Unprocessable:  # reading it for good says what is wrong
             return member
+    if name.name.upper() in JUNK_NAMES or name.name.startswith(".") or name.suffix.lower() in JUNK_SUFFIXES:
+        return Member(member.number)
     if is_zip(head) or is_tar(head) or head[:2] == GZIP_MAGIC:
         return Member(member.number, reason_code="zip_in_zip")
-    junk = name.name.upper() in JUNK_NAMES or name.name.startswith(".") or name.suffix.lower() in JUNK_SUFFIXES
-    return Member(member.number) if junk else member
+    return member

@@ -118,7 +118,7 @@ def test_a_link_in_a_zip_is_refused(unpacked, maker, make_part_10):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         link = zipfile.ZipInfo("link")
-        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
         archive.writestr("image", make_part_10(maker.ct()))
     members, _ = unpacked(file.getvalue())
@@ -205,6 +205,44 @@ def test_a_tar_cut_short_is_told_wherever_it_is_cut(unpacked, maker, make_part_1
 
         assert sum(member.path is not None for member in members) == n_images
         assert sorted({member.reason_code for member in members} - {None}) == codes
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["tar", "tar.gz"])
+def test_a_second_tar_behind_the_first_is_told(unpacked, maker, make_part_10, packed):
+    """Readers stop at the end of the first; what lies behind it is not lost without a word."""
+    one, other = (packed(tar_of({name: make_part_10(maker.ct())})) for name in "ab")
+    members, _ = unpacked(one + other)
+
+    assert [member.reason_code for member in members] == [None, "zip_damaged"]
+
+
+def test_an_empty_file_beside_images_is_told(unpacked, maker, make_part_10, make_zip):
+    """It may be an image whose export failed, so it is looked at like any other."""
+    names = {"IM1": make_part_10(maker.ct()), "IM2": b"", ".empty": b""}
+    for body in (make_zip(names), tar_of(names)):
+        members, _ = unpacked(body)
+
+        assert [member.path is not None for member in members] == [True, True, False]
+
+
+def test_a_document_that_is_a_zip_inside_is_junk(unpacked, make_zip):
+    """Viewers and manuals lie beside the images of a disc."""
+    inner = make_zip({"a": b"text"})
+    members, _ = unpacked(make_zip({"viewer.jar": inner, "manual.docx": inner, "study.zip": inner}))
+
+    assert [member.reason_code for member in members] == [None, None, "zip_in_zip"]
+
+
+def test_attributes_of_another_system_are_no_mode(unpacked, maker, make_part_10):
+    """Only a zip made on Unix says by them that a member is a link."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        image = zipfile.ZipInfo("image")
+        image.create_system, image.external_attr = 0, stat.S_IFLNK << 16
+        archive.writestr(image, make_part_10(maker.ct()))
+    ((member,), _) = unpacked(file.getvalue())
+
+    assert member.path is not None
 
 
 def test_a_damaged_header_in_a_tar_is_told(unpacked, maker, make_part_10):
