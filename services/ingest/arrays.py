@@ -17,7 +17,7 @@ from pydicom import Dataset
 from services.ingest.reading import text_of
 
 Slices = NDArray[np.float32]
-METHOD = 2
+METHOD = 3
 """Raised when arrays come out differently, so that their keys do."""
 PERCENTILE_SAMPLES = 4_000_000
 """Values that percentiles are taken from, spread evenly over the slices: memory stays bounded."""
@@ -79,11 +79,12 @@ def percentile_window(
 
 
 def shrink(
-    frame: Slices, window: tuple[float, float], size: int, pixel_spacing: Sequence[float] | None, *, inverted: bool
+    frame: Slices, window: tuple[float, float], size: int, pixel_shape: Sequence[float] | None, *, inverted: bool
 ) -> Slices:
-    """Map one frame to [-1, 1] and resize it so that its longer side, in millimetres, has `size` pixels.
+    """Map one frame to [-1, 1] and resize it so that its longer side, as it is in the world, has `size` pixels.
 
-    `pixel_spacing` is mm between rows, mm between columns; `inverted` says that low values are bright (MONOCHROME1).
+    `pixel_shape` is the height and the width of a pixel, in any unit; `inverted` says that low values are bright
+    (MONOCHROME1).
     """
     low, high = window
     unit = np.clip(frame, np.float32(low), np.float32(high))
@@ -92,8 +93,8 @@ def shrink(
     unit -= np.float32(low)
     unit *= np.float32((-2 if inverted else 2) / (high - low))
     unit += np.float32(1 if inverted else -1)
-    row_mm, column_mm = pixel_spacing or (1.0, 1.0)
-    height, width = frame.shape[0] * row_mm, frame.shape[1] * column_mm
+    pixel_height, pixel_width = pixel_shape or (1.0, 1.0)
+    height, width = frame.shape[0] * pixel_height, frame.shape[1] * pixel_width
     scale = size / max(height, width)
     fitted = (max(1, round(width * scale)), max(1, round(height * scale)))
     # Pillow widens its kernel by the scale when it shrinks, so nothing aliases.

@@ -23,7 +23,7 @@ from services.ingest.geometry import survey
 from services.ingest.pixels import modality_values
 from services.ingest.protection import is_clean, screen
 from services.ingest.reading import PIXEL_DATA
-from services.ingest.series import Description, Placed, describe, patient_key
+from services.ingest.series import Description, Placed, describe, patient_key, pixel_shape
 
 DEFER_BYTES = 4096
 Window = tuple[float, float]
@@ -79,11 +79,11 @@ def assemble(
     for index, frame, dataset in _frames(series, stack, config, blank):
         valid = valid and bool(np.isfinite(frame).all())
         inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-        spacing = stack[index].slice.pixel_spacing
+        shape = stack[index].slice.pixel_spacing or pixel_shape(dataset)
         if config.window is None:
             kept[index] = False
             continue
-        picture = arrays.shrink(frame, config.window, config.size, spacing, inverted=inverted)
+        picture = arrays.shrink(frame, config.window, config.size, shape, inverted=inverted)
         kept[index] = "blank" not in config.leave_out or not arrays.is_blank(picture)
         array[index] = arrays.centred(picture, config.size)
     left_out["blank"] += int((~kept).sum())

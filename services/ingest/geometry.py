@@ -4,6 +4,7 @@ Positions and directions are in the patient coordinate system, mm (PS3.3 C.7.6.2
 they tell completeness in a quarter of real series.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ TILT_TAG_DEG = 0.5
 UNEVEN_SHARE = 0.02
 """Steps that differ from the median by more than this share, and by more than SAME_POSITION_MM, are uneven."""
 GAP_SHARE = 1.5
+SPACING_SHARE = 0.001
+"""PixelSpacing that differs by no more is the same, rounded to fewer digits."""
 SCOUT_SLICES = 15
 """A scout of several planes has at most so many slices in each of them."""
 SCOUT_DEG = 60.0
@@ -70,7 +73,8 @@ class _Frame:
 
     @property
     def normal(self) -> Vector:
-        return np.cross(self.row, self.column)
+        across = np.cross(self.row, self.column)  # shorter than 1 where the two are not quite at right angles
+        return across / np.linalg.norm(across)
 
 
 def survey(slices: Sequence[Slice]) -> tuple[Geometry, list[int], list[str]]:
@@ -138,7 +142,6 @@ def _parallel(slices: Sequence[Slice], frames: Sequence[_Frame]) -> list[list[in
     if not frames:
         return [left.tolist()]
     normals = np.array([frame.normal for frame in frames])
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     rows = np.array([frame.row for frame in frames])
     groups = []
     while len(left):
@@ -166,15 +169,30 @@ def _is_scout(directions: Sequence[Sequence[int]], frames: Sequence[_Frame]) -> 
 def _stacks(slices: Sequence[Slice], directions: Sequence[Sequence[int]]) -> list[list[int]]:
     """Split groups of parallel slices by size; the largest stack comes first."""
     stacks: dict[object, list[int]] = defaultdict(list)
+    spacings = _spacings(slices)
     for number, group in enumerate(directions):
         for index in group:
             item = slices[index]
-            stacks[number, item.rows, item.columns, _rounded(item.pixel_spacing)].append(index)
+            stacks[number, item.rows, item.columns, spacings[index]].append(index)
     return sorted(stacks.values(), key=len, reverse=True)
 
 
-def _rounded(spacing: tuple[float, float] | None) -> tuple[float, ...] | None:
-    return spacing and tuple(round(value, 4) for value in spacing)
+def _spacings(slices: Sequence[Slice]) -> list[tuple[float, float] | None]:
+    """Return the PixelSpacing of each slice, or in its place an earlier one that differs by no more than rounding."""
+    known: list[tuple[float, float] | None] = []
+    found = []
+    for item in slices:
+        spacing = next((one for one in known if _is_same(one, item.pixel_spacing)), item.pixel_spacing)
+        if spacing not in known:
+            known.append(spacing)
+        found.append(spacing)
+    return found
+
+
+def _is_same(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return all(math.isclose(a, b, rel_tol=SPACING_SHARE) for a, b in zip(one, other, strict=True))
 
 
 def _mixed(slices: Sequence[Slice], directions: Sequence[Sequence[int]]) -> set[str]:
@@ -183,7 +201,7 @@ def _mixed(slices: Sequence[Slice], directions: Sequence[Sequence[int]]) -> set[
         found.add("mixed_orientation")
     if len({(item.rows, item.columns) for item in slices}) > 1:
         found.add("mixed_size")
-    if len({_rounded(item.pixel_spacing) for item in slices}) > 1:
+    if len(set(_spacings(slices))) > 1:
         found.add("mixed_pixel_spacing")
     return found
 

@@ -74,6 +74,15 @@ def numbers_of(dataset: Dataset, keyword: str, n: int) -> tuple[float, ...] | No
     return numbers if len(numbers) == n and all(math.isfinite(number) for number in numbers) else None
 
 
+def pixel_shape(header: Dataset) -> tuple[float, float] | None:
+    """Return the height and width of a pixel where there is no PixelSpacing, if only as a ratio; None: not known."""
+    for keyword in ("ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
+        shape = numbers_of(header, keyword, 2)
+        if shape is not None and min(shape) > 0:
+            return shape[0], shape[1]
+    return None
+
+
 def _slices(header: Dataset) -> list[tuple[int, Slice]]:
     if not is_picture(header):
         return []

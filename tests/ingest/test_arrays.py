@@ -160,6 +160,18 @@ def test_the_physical_aspect_is_kept(spacing, filled):
     assert (canvas > 0).any(axis=0).sum() == filled[1]
 
 
+@pytest.mark.parametrize(
+    "told", [{"ImagerPixelSpacing": [0.4, 0.2]}, {"PixelAspectRatio": [2, 1]}, {"NominalScannedPixelSpacing": [2, 1]}]
+)
+def test_the_shape_of_a_pixel_may_stand_elsewhere(maker, make_part_10, tmp_path, told):
+    """Radiographs and ultrasound tell it without a PixelSpacing of the patient."""
+    upload = make_part_10(maker.ct(PixelSpacing=None, PixelData=b"\xff\x0f" * 256, **told))
+    array, _ = assemble(tmp_path, [upload])
+
+    assert (array[0] > 0).sum(axis=1).max() == 8
+    assert (array[0] > 0).sum(axis=0).max() == 16
+
+
 def test_percentiles_are_of_all_frames():
     """They are taken over the frames together, and numbers only."""
     frames = [np.full((4, 4), 100, np.float32), np.full((4, 4), 300, np.float32), np.full((4, 4), np.nan, np.float32)]

@@ -97,6 +97,26 @@ def test_mixed_slices_are_split_into_stacks():
     assert sorted(order) == list(range(24))
 
 
+@pytest.mark.parametrize(("one", "other"), [(0.97655, 0.976549), (0.78125, 0.7813)])
+def test_spacing_that_was_rounded_differently_is_one(one, other):
+    """Writers keep more digits or fewer; that splits no series."""
+    slices = stack([0, 2, 4, 6])
+    for index, spacing in enumerate([one, other] * 2):
+        slices[index] = replace(slices[index], pixel_spacing=(spacing, spacing))
+    geometry, _, warnings = survey(slices)
+
+    assert (geometry.verdict, geometry.n_in_stack, warnings) == ("regular", 4, [])
+
+
+def test_distances_are_along_a_normal_of_length_one():
+    """Directions that are not quite at right angles, as rounding leaves them, shorten no distance."""
+    slices = [replace(one, orientation=(1, 0, 0, 0.1, 0.995, 0)) for one in stack([0, 5, 10])]
+    geometry, _, _ = survey(slices)
+
+    assert geometry.spacing_mm == 5.0
+    assert geometry.normal == (0, 0, 1)
+
+
 def plane(normal, n):
     """A few slices in one of the three planes of the body."""
     orientations = {"z": (1, 0, 0, 0, 1, 0), "y": (1, 0, 0, 0, 0, -1), "x": (0, 1, 0, 0, 0, -1)}
