@@ -3,6 +3,7 @@
 A codestream is asked for its size before it is decoded, and what comes out must be what the data set says.
 """
 
+import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from services.ingest.codestreams import Damaged, Header
 from shared.errors import Unprocessable
 
 Samples = NDArray[np.generic]
+RLE_HEADER_BYTES = 64
 COLOUR = 3
 """Samples per pixel of a colour image; a grey one has 1."""
 
@@ -103,6 +105,21 @@ def decode(frame: bytes, transfer_syntax_uid: str, expected: Expected) -> Decode
     return Decoded(_fit(samples, header.precision, expected), header.precision, lossy, photometric)
 
 
+def is_frame(fragment: bytes, transfer_syntax_uid: str, expected: Expected) -> bool:
+    """Tell whether a fragment begins a frame of that size, rather than goes on with one."""
+    codec = CODECS[transfer_syntax_uid]
+    if codec.decode is _rle:  # its header: the number of segments, and the offset of the first (PS3.5 annex G.5)
+        n_segments = expected.samples * max(expected.bits_allocated // 8, 1)
+        return fragment[:8] == struct.pack("<2I", n_segments, RLE_HEADER_BYTES)
+    if codec.header is None:
+        return False
+    try:
+        header = codec.header(codec.bare(fragment))
+    except Damaged:
+        return False
+    return (header.rows, header.columns) == (expected.rows, expected.columns)
+
+
 def _check(header: Header | None, expected: Expected) -> None:
     if header is None:
         return
@@ -156,6 +173,8 @@ def _deflated(frame: bytes, expected: Expected) -> Samples:
     pixels = inflater.decompress(frame, _n_bytes(expected) + 1)
     if len(pixels) < _n_bytes(expected):
         raise Damaged
+    if len(inflater.unused_data) > 1:  # one byte may pad the frame
+        raise Unprocessable("frame_mismatch")
     return _native(pixels, expected)
 
 

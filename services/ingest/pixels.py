@@ -63,7 +63,10 @@ def _by_table(frame: Stored, source: Dataset) -> Values:
     if isinstance(entries, bytes):
         n_entries = int(item.LUTDescriptor[0]) or 2**16
         entries = np.frombuffer(entries, np.uint8 if len(entries) < 2 * n_entries else "<u2")[:n_entries]
-    index = np.clip(frame.astype(np.int64) - int(item.LUTDescriptor[1]), 0, len(entries) - 1)
+    first = int(item.LUTDescriptor[1])
+    # It has the sign of the stored values, whatever VR it was written with (PS3.3 C.11.1.1).
+    first = int(np.array(first).astype(np.int16 if frame.dtype.kind == "i" else np.uint16))
+    index = np.clip(frame.astype(np.int64) - first, 0, len(entries) - 1)
     return np.asarray(entries, np.float32)[index]
 
 
@@ -79,7 +82,9 @@ def _by_line(frame: Stored, source: Dataset) -> Values:
 RULES = (
     Rule("modality_lut", lambda source: bool(source.get("ModalityLUTSequence")), _by_table),
     Rule(
-        "rescale", lambda source: any(source.get(keyword) for keyword in ("RescaleSlope", "RescaleIntercept")), _by_line
+        "rescale",
+        lambda source: any(source.get(name) not in {None, ""} for name in ("RescaleSlope", "RescaleIntercept")),
+        _by_line,
     ),
 )
 """In order; a source is the functional group of the frame, that of all frames, or the instance."""

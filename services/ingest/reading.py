@@ -21,7 +21,7 @@ from pydicom.charset import convert_encodings, default_encoding, python_encoding
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileMetaDataset
-from pydicom.encaps import generate_frames
+from pydicom.encaps import generate_fragments, generate_frames, parse_basic_offsets
 from pydicom.filereader import data_element_generator, read_dataset
 from pydicom.filewriter import correct_ambiguous_vr, dcmwrite
 from pydicom.uid import (
@@ -53,7 +53,11 @@ VRS = set(
 FIRST_GROUPS = {2, 8}
 """A file without preamble starts with the file meta group or with the identifying group."""
 IMPLEMENTATION_UID = UID(f"2.25.{uuid.uuid5(uuid.NAMESPACE_DNS, 'ingest.radqueue.org').int}")
-OTHER_PIXELS = ("FloatPixelData", "DoubleFloatPixelData", "PixelDataProviderURL")
+FLOATS = {"FloatPixelData": 4, "DoubleFloatPixelData": 8}
+"""Bytes of a sample."""
+OTHER_PIXELS = (*FLOATS, "PixelDataProviderURL")
+HALVED = {"YBR_FULL_422", "YBR_PARTIAL_422"}
+"""Photometric interpretations in which two pixels share their colour (PS3.3 C.7.6.3.1.2)."""
 TEXTS = {"AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"}
 BYTES = {"OB", "OD", "OF", "OL", "OV", "OW", "UN"}
 WORD_BYTES = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
@@ -140,6 +144,8 @@ def normalise(upload: bytes, caps: Caps) -> tuple[Instance, bytes]:
         decoder = _pixels(dataset, syntax, caps, notes)
     elif _wants_pixels(dataset, sop_class_uid):  # a file may end between two elements
         raise Unprocessable("missing_pixel_data")
+    else:
+        _check_floats(dataset)
     uids = {"SOPClassUID": sop_class_uid, "SOPInstanceUID": sop_instance_uid}
     uids |= {"StudyInstanceUID": study_uid, "SeriesInstanceUID": series_uid}
     if in_order and not decoder and notes <= OF_THE_WRAPPING and _spelled_so(data_set_bytes, uids):
@@ -198,12 +204,17 @@ def _parse(body: bytes, syntax: str, notes: set[str]) -> tuple[Dataset, bool]:
     elements = {}
     in_order, last = not implicit and little, FIRST_TAG - 1
     try:
+        end = 0
         for element in data_element_generator(stream, implicit, little):
             in_order, last = in_order and last < element.tag and element.tag.element != 0, element.tag
             if element.tag.group == 0:  # nothing of the kind belongs into a file: zeros behind the data set
+                _check_padding(body[end:])
                 notes.add("trailing_bytes")
                 break
-            _check_length(element, body, stream.tell(), delimiter)
+            end = stream.tell()
+            _check_length(element, body, end, delimiter)
+            if element.tag in elements:
+                notes.add("element_repeated")
             elements[element.tag] = element
     except (EOFError, struct.error):  # the end came within a value, or within its header
         raise Unprocessable("truncated") from None
@@ -211,12 +222,18 @@ def _parse(body: bytes, syntax: str, notes: set[str]) -> tuple[Dataset, bool]:
         raise
     except Exception:  # noqa: BLE001 - pydicom raises what the bytes make it raise
         raise Unprocessable("unreadable") from None
-    left = len(body) - stream.tell() if "trailing_bytes" not in notes else 0
-    if left or not elements:
+    # Less than an element's header is read over at the end of the file.
+    if not elements or (end < len(body) and "trailing_bytes" not in notes):
         raise Unprocessable("truncated")
     dataset = Dataset(elements)
     dataset.set_original_encoding(implicit, little, _character_set(dataset, notes))
     return dataset, in_order
+
+
+def _check_padding(left: bytes) -> None:
+    """Refuse what stands behind a data set and is more than padding: the preamble of another file is zeros as well."""
+    if left.strip(b"\0"):
+        raise Unprocessable("unreadable", "bytes behind the data set")
 
 
 def _spelled_so(body: bytes, uids: dict[str, str]) -> bool:
@@ -352,20 +369,24 @@ def _convert(dataset: Dataset, notes: set[str], *, big_endian: bool) -> None:
         if element is None or (isinstance(element.value, bytes) and element.VR[:2] not in BYTES):
             dataset[tag] = _kept(raw, notes)
             continue
+        if element.VR == "OB or OW":  # of curves and the like nothing tells which; implicit VR means OW (PS3.5 A.1)
+            element.VR = "OW"
         if element.VR == "SQ":
             for item in element.value:
                 _convert(item, notes, big_endian=big_endian)
+        elif element.VR == "SS" and element.keyword.endswith("Descriptor") and element.value[0] < 0:
+            element.value[0] += 2**16  # the number of entries is unsigned, whatever the VR (PS3.3 C.11.1.1.1)
         elif element.VR in TEXTS and isinstance(raw, RawDataElement):
             dataset[tag] = raw._replace(VR=element.VR, is_implicit_VR=False, is_little_endian=True)
-        elif big_endian and element.VR[-2:] in WORD_BYTES and isinstance(element.value, bytes):
-            element.value = _swapped(element.value, _word_bytes(element, dataset))
+        elif big_endian and isinstance(element.value, bytes) and (width := _word_bytes(element, dataset)) > 1:
+            element.value = _swapped(element.value, width)
     dataset.set_original_encoding(is_implicit_vr=False, is_little_endian=True)
 
 
 def _word_bytes(element: DataElement, dataset: Dataset) -> int:
     """Return the width that big endian turns round: a pixel wider than a word is one number (PS3.5 section 8.1)."""
     bits = dataset.get("BitsAllocated") if element.keyword == "PixelData" else None
-    return max(WORD_BYTES[element.VR[-2:]], bits // 8 if isinstance(bits, int) else 0)
+    return max(WORD_BYTES.get(element.VR[-2:], 1), bits // 8 if isinstance(bits, int) else 0)
 
 
 def _swapped(value: bytes, width: int) -> bytes:
@@ -427,6 +448,19 @@ def _wants_pixels(dataset: Dataset, sop_class_uid: str) -> bool:
     return is_image and not any(keyword in dataset for keyword in OTHER_PIXELS)
 
 
+def _check_floats(dataset: Dataset) -> None:
+    """Hold pixel data of floats, which are never compressed, against the header (PS3.3 C.7.6.24)."""
+    for keyword, width in FLOATS.items():
+        if keyword not in dataset:
+            continue
+        try:
+            n_samples = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("NumberOfFrames") or 1)
+        except Exception:  # noqa: BLE001 - missing, empty, or no number
+            raise Unprocessable("bad_image_header") from None
+        if len(dataset[keyword].value or b"") < n_samples * width:
+            raise Unprocessable("truncated")
+
+
 def _pixels(dataset: Dataset, syntax: str, caps: Caps, notes: set[str]) -> str:
     """Check native pixel data, or decompress encapsulated pixel data, in place; return what decoded it."""
     expected, n_frames = _expected(dataset, notes)
@@ -454,7 +488,7 @@ def _checked(dataset: Dataset, value: bytes, told: tuple[frames.Expected, int], 
     """Hold native pixel data against the header; what is left over is dropped, unless it could be another frame."""
     expected, n_frames = told
     bits = expected.rows * expected.columns * expected.samples * expected.bits_allocated
-    if expected.photometric == "YBR_FULL_422":  # two pixels share their colour (PS3.3 C.7.6.3.1.2)
+    if expected.photometric in HALVED:
         bits = bits * 2 // 3
     needed = (n_frames * bits + 7) // 8
     padded = needed + needed % 2
@@ -466,7 +500,7 @@ def _checked(dataset: Dataset, value: bytes, told: tuple[frames.Expected, int], 
         raise Unprocessable("truncated")
     if len(value) <= padded:
         return value
-    if len(value) * 8 >= (n_frames + 1) * bits or expected.photometric == "YBR_FULL_422":
+    if len(value) * 8 >= (n_frames + 1) * bits or expected.photometric in HALVED:
         raise Unprocessable("frame_count")
     notes.add("excess_pixel_data")
     value = value[:needed] + b"\0" * (needed % 2)
@@ -477,24 +511,24 @@ def _checked(dataset: Dataset, value: bytes, told: tuple[frames.Expected, int], 
 def _align(dataset: Dataset, value: bytes, expected: frames.Expected, notes: set[str]) -> None:
     """Put samples that do not begin at the lowest bit there: readers have stopped looking at HighBit (PS3.5 8.1.1).
 
-    Often it is the header that is wrong, and the values show it: they fit into BitsStored as they are.
+    Often it is the header that is wrong, and the values show it: they fit into BitsStored as they are, and the bits
+    below them are in use.
     """
-    unused = expected.bits_stored - 1
+    expected_high_bit = expected.bits_stored - 1
     high_bit = dataset.HighBit
-    if high_bit == unused or expected.bits_allocated == 1:
+    if high_bit == expected_high_bit or expected.bits_allocated == 1:
         return
-    if not isinstance(high_bit, int) or not unused < high_bit < expected.bits_allocated:
-        dataset.HighBit = unused
-        notes.add("high_bit_corrected")
+    dataset.HighBit = expected_high_bit
+    notes.add("high_bit_corrected")
+    if not isinstance(high_bit, int) or not expected_high_bit < high_bit < expected.bits_allocated:
         return
     samples = np.frombuffer(value[: len(value) - len(value) % expected.dtype.itemsize], expected.dtype)
-    low, high = int(samples.min()), int(samples.max())
+    n_below = high_bit - expected_high_bit
     top = 1 << (expected.bits_stored - expected.signed)
-    if not (-top if expected.signed else 0) <= low <= high < top:
-        shifted = (samples >> (high_bit - unused)).astype(expected.dtype)
+    fits = (-top if expected.signed else 0) <= int(samples.min()) and int(samples.max()) < top
+    if not fits or not (samples & ((1 << n_below) - 1)).any():  # a dark slice fits, and lies as high as the others
+        shifted = (samples >> n_below).astype(expected.dtype)
         dataset["PixelData"] = DataElement(PIXEL_DATA, dataset["PixelData"].VR, shifted.tobytes())
-    dataset.HighBit = unused
-    notes.add("high_bit_corrected")
 
 
 def _decompress(
@@ -503,6 +537,8 @@ def _decompress(
     """Replace encapsulated pixel data by native, and say in the header what decoding changed (PS3.5 section 8.2)."""
     expected, n_frames = told
     pixels, first, lossy, needed_bits = bytearray(), None, False, 0
+    if n_frames == 1 and any(frames.is_frame(later, syntax, expected) for later in _fragments(encapsulated)[1:]):
+        raise Unprocessable("frame_count")
     for n_decoded, codestream in enumerate(_codestreams(encapsulated, n_frames)):
         if n_decoded == n_frames:
             raise Unprocessable("frame_count")
@@ -513,7 +549,6 @@ def _decompress(
     if first is None or len(pixels) < n_frames * first.samples.nbytes:
         raise Unprocessable("frame_count")
     dataset.PhotometricInterpretation = first.photometric
-    _correct_bits(dataset, max(needed_bits, expected.bits_stored), notes)
     if expected.samples > 1:
         dataset.PlanarConfiguration = 0
     if expected.bits_allocated == 1:  # the frames follow one another without a gap (PS3.5 section 8.1.1)
@@ -523,6 +558,10 @@ def _decompress(
     _drop_what_was_compressed(dataset, notes)
     pixels += b"\0" * (len(pixels) % 2)
     dataset["PixelData"] = DataElement(PIXEL_DATA, "OB" if expected.bits_allocated <= 8 else "OW", bytes(pixels))  # noqa: PLR2004
+    if frames.CODECS[syntax].header is None:  # whole cells were coded, and HighBit is about cells
+        _align(dataset, bytes(pixels), expected, notes)
+    else:
+        _correct_bits(dataset, max(needed_bits, expected.bits_stored), notes)
 
 
 def _correct_bits(dataset: Dataset, bits_stored: int, notes: set[str]) -> None:
@@ -538,15 +577,33 @@ def _drop_what_was_compressed(dataset: Dataset, notes: set[str]) -> None:
     for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
         if keyword in dataset:
             delattr(dataset, keyword)
+    _drop_compressed_icons(dataset, notes)
+
+
+def _drop_compressed_icons(dataset: Dataset, notes: set[str]) -> None:
+    """Remove them at any depth: their pixels are encapsulated, which the new transfer syntax has no place for."""
     if _has_compressed_icon(dataset):
         del dataset.IconImageSequence
         notes.add("icon_removed")
+    for tag in list(dataset.keys()):
+        element = dataset.get_item(tag, keep_deferred=True)
+        for item in dataset[tag].value if element is not None and element.VR == "SQ" else ():
+            _drop_compressed_icons(item, notes)
 
 
 def _codestreams(encapsulated: bytes, n_frames: int) -> Iterator[bytes]:
     try:
         yield from generate_frames(encapsulated, number_of_frames=n_frames)
     except (ValueError, EOFError, struct.error):  # fragments that are none
+        raise Unprocessable("frame_damaged") from None
+
+
+def _fragments(encapsulated: bytes) -> list[bytes]:
+    stream = io.BytesIO(encapsulated)
+    try:
+        parse_basic_offsets(stream)
+        return list(generate_fragments(stream))
+    except (ValueError, EOFError, struct.error):
         raise Unprocessable("frame_damaged") from None
 
 

@@ -61,6 +61,7 @@ WARNINGS = {
     "vr_mismatch": "The data set is not encoded as its transfer syntax says; the bytes are believed.",
     "trailing_bytes": "Bytes after the data set were dropped.",
     "charset_unknown": "SpecificCharacterSet names no character set of the standard; texts keep their bytes.",
+    "element_repeated": "An element was there more than once; the last one counts.",
     "element_unreadable": "An element's value cannot be converted; its bytes are kept with VR OB.",
     "image_header_completed": "Parts of the image's header were missing: grey, unsigned, all bits in use was assumed.",
     "high_bit_corrected": "HighBit contradicted BitsStored or the values; the values begin at the lowest bit now.",

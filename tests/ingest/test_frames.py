@@ -9,7 +9,7 @@ import zlib
 import imagecodecs
 import numpy as np
 import pytest
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from pydicom.encaps import encapsulate
 from rle.utils import encode_array
 
@@ -26,10 +26,17 @@ HTJ2K, JPEG_XL, RLE = "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.110", "1.2
 
 def compressed(maker, make_part_10, frames, syntax, **overrides):
     """A file with these codestreams; it is written as JPEG 2000 first, since pydicom does not know all of these."""
-    dataset = maker.ct(PixelData=encapsulate(frames), **overrides)
+    return _renamed(make_part_10(_encapsulated(maker, frames, **overrides), J2K), syntax)
+
+
+def _encapsulated(maker, fragments, *, has_offsets=True, **overrides):
+    dataset = maker.ct(PixelData=encapsulate(fragments, has_bot=has_offsets), **overrides)
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
-    upload = make_part_10(dataset, J2K)
+    return dataset
+
+
+def _renamed(upload, syntax):
     length = len(syntax) + len(syntax) % 2
     told = b"UI" + struct.pack("<H", length) + syntax.encode().ljust(length, b"\0")
     return upload.replace(b"UI\x16\0" + J2K.encode(), told, 1)
@@ -88,6 +95,55 @@ def test_frames_keep_their_order(maker, make_part_10):
 
     assert np.array_equal(dataset.pixel_array, images)
     assert refusal(compressed(maker, make_part_10, frames[:2], JPEG_LS, NumberOfFrames=3)) == "frame_count"
+
+
+@pytest.mark.parametrize(("syntax", "encode"), [*CODECS_OF, (JPEG, imagecodecs.jpeg8_encode)])
+@pytest.mark.parametrize("offsets", [False, True])
+def test_frames_that_nothing_tells_of_are_not_lost(maker, make_part_10, syntax, encode, offsets):
+    """Fragments are one frame where there is one; those that begin further frames are refused, and not left out."""
+    bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7} if syntax == JPEG else {}
+    images = np.random.default_rng(2).integers(0, 200, (3, 16, 16)).astype("u1" if bits else "<u2")
+    coded = [encode(image) for image in images]
+    for told in (bits, bits | {"NumberOfFrames": 1}):
+        whole = make_part_10(_encapsulated(maker, coded, has_offsets=offsets, **told), J2K)
+
+        assert refusal(_renamed(whole, syntax)) in {"frame_count", "frame_mismatch"}
+
+
+def test_a_frame_in_several_fragments_is_one(maker, make_part_10):
+    """A writer may cut a codestream where it likes."""
+    image = np.random.default_rng(2).integers(0, 4096, (16, 16)).astype("<u2")
+    coded = imagecodecs.jpeg2k_encode(image, reversible=True, codecformat="j2k")
+    parts = [coded[at : at + 100] for at in range(0, len(coded), 100)]
+    dataset, warnings = stored(make_part_10(_encapsulated(maker, parts, has_offsets=False), J2K))
+
+    assert np.array_equal(dataset.pixel_array, image)
+    assert warnings == ()
+
+
+@pytest.mark.parametrize("syntax", [RLE, DEFLATED, NATIVE_FRAMES])
+def test_cells_that_begin_at_a_higher_bit_are_moved(maker, make_part_10, syntax):
+    """These syntaxes code whole cells, so HighBit means what it means in native pixel data."""
+    image = np.random.default_rng(2).integers(0, 4096, (16, 16)).astype("<u2")
+    coded = dict(CODECS_OF)[syntax](image << 4)
+    dataset, warnings = stored(compressed(maker, make_part_10, [coded], syntax, HighBit=15))
+
+    assert np.array_equal(dataset.pixel_array, image)
+    assert (dataset.HighBit, warnings) == (11, ("high_bit_corrected",))
+
+
+def test_a_compressed_icon_is_removed_at_any_depth(maker, make_part_10):
+    """What is stored as native holds no encapsulated pixels."""
+    image = np.random.default_rng(2).integers(0, 4096, (16, 16)).astype("<u2")
+    icon = maker.ct(PixelData=encapsulate([b"icon"]))
+    icon["PixelData"].is_undefined_length = True
+    reference = Dataset()
+    reference.IconImageSequence = [icon]
+    coded = imagecodecs.jpeg2k_encode(image, reversible=True, codecformat="j2k")
+    dataset, warnings = stored(compressed(maker, make_part_10, [coded], J2K, ReferencedImageSequence=[reference]))
+
+    assert "IconImageSequence" not in dataset.ReferencedImageSequence[0]
+    assert warnings == ("icon_removed",)
 
 
 COLOUR = {

@@ -131,6 +131,38 @@ def test_a_wrong_high_bit_moves_nothing(maker, make_part_10):
     assert (dataset.HighBit, instance.warnings) == (11, ("high_bit_corrected",))
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_dark_slice_is_moved_like_the_others_of_its_series(maker, make_part_10, signed):
+    """Values that begin at a higher bit leave those below it empty, also where all of them would fit as they are."""
+    dark = ramp() % 200 - 100 * signed
+    pixels = (dark << 4).astype("<i2").tobytes()
+    dataset = stored(make_part_10(maker.ct(HighBit=15, PixelRepresentation=int(signed), PixelData=pixels)))
+
+    assert np.array_equal(dataset.pixel_array, dark)
+
+
+@pytest.mark.parametrize("vr", ["OB", "OW"])
+def test_big_endian_words_are_turned_whatever_their_vr(maker, make_part_10, vr):
+    """A cell of 16 bits is two bytes; a writer that calls them OB means the same."""
+    dataset = maker.ct(PixelData=ramp().astype(">u2").tobytes())
+    dataset["PixelData"].VR = vr
+
+    assert np.array_equal(stored(make_part_10(dataset, ExplicitVRBigEndian)).pixel_array, ramp())
+
+
+def test_a_table_begins_where_the_sign_of_the_pixels_says(maker, make_part_10):
+    """The first value of a LUT has the sign of the stored values, whatever VR it was written with."""
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [256, 2**16 - 1024, 16])
+    item.add_new("LUTData", "OW", (np.arange(256) * 7).astype("<u2").tobytes())
+    pixels = np.arange(-1024, -768).astype("<i2").tobytes()
+    told = {"PixelRepresentation": 1, "BitsStored": 16, "HighBit": 15, "PixelData": pixels}
+    dataset = stored(make_part_10(maker.ct(ModalityLUTSequence=Sequence([item]), **told, **NOTHING)))
+    (values,) = modality_values(dataset)
+
+    assert np.array_equal(values.ravel(), np.arange(256) * 7)
+
+
 @pytest.mark.parametrize("name", ["liver_1frame.dcm", "liver_expb_1frame.dcm"])
 def test_single_bits_are_unpacked_in_order(dcmtk, name):
     """A segmentation of one bit per pixel has its mask where dcmtk has it."""

@@ -203,6 +203,42 @@ def test_zeros_behind_the_data_set_are_dropped(maker, make_part_10):
     assert found.warnings == ("trailing_bytes",)
 
 
+def test_a_second_file_behind_the_data_set_is_refused(maker, make_part_10):
+    """It begins with zeros, and is no padding: its instance would be lost without a word."""
+    assert refusal(make_part_10(maker.ct(0)) + make_part_10(maker.ct(1))) == "unreadable"
+
+
+def test_a_rest_that_is_too_short_for_an_element_is_told(maker, make_part_10):
+    """A file that ends within an element's header is cut short, whatever was read before."""
+    upload = make_part_10(maker.ct(PixelData=None))
+    ends = [upload.index(b"\x20\x00\x0e\x00UI") + left for left in range(1, 8)]
+
+    assert {refusal(upload[:end]) for end in ends} == {"truncated"}
+
+
+def test_pixels_of_floats_are_as_many_as_the_header_says(maker, make_part_10):
+    """Pixel data of another kind is held against the header too."""
+    dataset = maker.ct(PixelData=None, FloatPixelData=bytes(4 * 16 * 16))
+
+    assert normalise(make_part_10(dataset), CAPS)[0].warnings == ()
+    dataset.FloatPixelData = bytes(12)
+    assert refusal(make_part_10(dataset)) == "truncated"
+
+
+def test_what_implicit_vr_leaves_open_costs_no_image(maker, make_part_10):
+    """Curves, whose VR nothing tells, and a table of more entries than a signed number counts."""
+    table = Dataset()
+    table.add_new("LUTDescriptor", "SS", [40000, -20000, 16])
+    table.add_new("LUTData", "OW", bytes(80000))
+    dataset = maker.ct(PixelRepresentation=1, ModalityLUTSequence=Sequence([table]))
+    dataset.add_new(0x50003000, "OW", b"\1\0\2\0")
+    found, body = normalise(make_part_10(dataset, ImplicitVRLittleEndian), CAPS)
+
+    assert found.warnings == ()
+    assert read(body)[0x50003000].value == b"\1\0\2\0"
+    assert list(read(body).ModalityLUTSequence[0].LUTDescriptor) == [40000, -20000, 16]
+
+
 def test_deep_nesting_ends_in_an_error_not_in_a_crash(maker, make_part_10):
     """Sequences nested beyond reason do not take the interpreter's stack down."""
     head = make_part_10(maker.ct(PixelData=None))
@@ -370,22 +406,23 @@ def test_a_data_set_that_needs_no_writing_is_stored_as_it_came(maker, make_part_
 
 
 @pytest.mark.parametrize(
-    "extra",
+    ("extra", "warnings"),
     [
-        b"\x08\x00\x00\x00UL\x04\x00\x10\x00\x00\x00",  # a group's length
-        b"\x08\x00\x16\x00UI\x06\x001.2.3\x00",  # another SOP class before the one that counts
-        b"\x10\x00\x20\x00LO\x04\x00LEAK",  # a patient before the group that follows, and again there
+        (b"\x08\x00\x00\x00UL\x04\x00\x10\x00\x00\x00", ()),  # a group's length
+        (b"\x08\x00\x16\x00UI\x06\x001.2.3\x00", ("element_repeated",)),  # a SOP class before the one that counts
+        (b"\x10\x00\x20\x00LO\x04\x00LEAK", ("element_repeated",)),  # a patient, and again in the right place
     ],
 )
-def test_what_stands_out_of_order_is_written_anew(maker, make_part_10, extra):
+def test_what_stands_out_of_order_is_written_anew(maker, make_part_10, extra, warnings):
     """An element is stored once, as it was understood: no other reader of the file can understand another one."""
     upload = make_part_10(maker.ct())
     at = upload.index(b"\x08\x00\x16\x00")
     plain, body = normalise(upload, CAPS)
     found, mixed = normalise(upload[:at] + extra + upload[at:], CAPS)
 
-    assert mixed == body
+    assert mixed[data_set_at(mixed) :] == body[data_set_at(body) :]
     assert found.sha != plain.sha
+    assert found.warnings == warnings
 
 
 def test_a_uid_that_is_padded_with_spaces_is_stored_without(maker, make_part_10):
