@@ -123,9 +123,9 @@ class Client:
 
     def upload(self, path: Path, key: str, told: Callable[[int], None] = lambda _: None) -> None:
         """Upload a file; `told` is called with the number of bytes that went since the last time."""
-        with self._explained():
+        with path.open("rb") as file, self._explained():
             # Without threads: the files are small and many, and the progress is told in order.
-            self._s3.upload_file(str(path), self.bucket, key, Callback=told, Config=TransferConfig(use_threads=False))
+            self._s3.upload_fileobj(file, self.bucket, key, Callback=told, Config=TransferConfig(use_threads=False))
 
     def put(self, key: str, body: bytes) -> None:
         """Store an object."""

@@ -5,6 +5,7 @@ stands in the files only codes and UIDs are told.
 """
 
 import asyncio
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -42,11 +43,12 @@ class Verdict:
     """What ingest would do with one file."""
 
     path: str
-    """Of the file; a member of a zip is `archive.zip#7`, counted from 0: the names inside are not told."""
+    """Of the file; a member of an archive is `archive.zip#7`, counted from 0: the names inside are not told."""
     taken: bool
+    series_uid: str | None = None
     reason_code: str | None = None
     place: str = ""
-    """Which element the refusal is about, or which line of code."""
+    """Which element the refusal is about, which line of code, or which other file."""
     warnings: Sequence[str] = ()
     decoder: str = ""
     """What read its compressed pixels."""
@@ -99,18 +101,19 @@ class Check:
 
     def conclude(self) -> None:
         """Put the series together; of two data sets under one SOPInstanceUID the first by path stays, as in ingest."""
-        self.verdicts.sort(key=lambda verdict: verdict.path)
-        series: dict[tuple[str, str], dict[str, Taken]] = {}
+        self.verdicts.sort(key=lambda verdict: _in_order(verdict.path))
+        series: dict[tuple[str, str], dict[str, str]] = {}
         for number, verdict in enumerate(self.verdicts):
             if not verdict.taken:
                 continue
-            taken = self.taken[verdict.path]
-            uid = taken.instance.sop_instance_uid
-            stays = series.setdefault((taken.instance.study_uid, taken.instance.series_uid), {}).setdefault(uid, taken)
-            if stays.instance.sha != taken.instance.sha:
-                refused = replace(verdict, taken=False, reason_code="conflicting_duplicate", place=uid)
-                self.verdicts[number] = refused
-        self.series = [SeriesVerdict.of(list(by_uid.values())) for _, by_uid in sorted(series.items())]
+            instance = self.taken[verdict.path].instance
+            paths = series.setdefault((instance.study_uid, instance.series_uid), {})
+            stays = paths.setdefault(instance.sop_instance_uid, verdict.path)
+            if self.taken[stays].instance.sha != instance.sha:
+                self.verdicts[number] = replace(verdict, taken=False, reason_code="conflicting_duplicate", place=stays)
+        self.series = [
+            SeriesVerdict.of([self.taken[path] for path in paths.values()]) for _, paths in sorted(series.items())
+        ]
 
     @property
     def n_refused(self) -> int:
@@ -138,6 +141,11 @@ class Check:
             **self.counts(),
             "seconds": round(self.seconds, 3),
         }
+
+
+def _in_order(path: str) -> list[str | int]:
+    """Return what sorts paths as people do: 10 comes after 9."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", path))]
 
 
 def command(
@@ -246,7 +254,14 @@ async def _verdict(name: str, path: Path, out: Path, decoder: Decoder) -> Found:
     except Rejected as rejected:
         return _refused(name, rejected.reason_code, rejected.place, round(time.monotonic() - began, 4))
     seconds = round(time.monotonic() - began, 4)
-    verdict = Verdict(name, taken=True, warnings=instance.warnings, decoder=instance.decoder, seconds=seconds)
+    verdict = Verdict(
+        name,
+        taken=True,
+        series_uid=instance.series_uid,
+        warnings=instance.warnings,
+        decoder=instance.decoder,
+        seconds=seconds,
+    )
     try:
         told = await decoder.series_call({"op": "slices", "path": str(out)})
     except ChildFailed as failed:

@@ -9,6 +9,7 @@ following needs no message, can begin at any time, and ends at once where all is
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from services.inference.records import StudyRouting, result_prefix, study_prefix
 from shared.dicom import Revision, revision_key, series_prefix, stored_instance
 
 POLL_S = 1.0
+HINT_AFTER_S = 30.0
+"""In one stage, before it is said where a person who waits may look."""
 LOOKS_PER_LISTING = 5
 """A series that has settled may get a newer revision, which is looked for at every so many looks."""
 STAGES = ("uploaded", "stored", "settled", "inferred", "pushed")
@@ -60,6 +63,8 @@ class Series:
     dataset: str
     expected: dict[str, Instance]
     """By SOPInstanceUID."""
+    spare: dict[str, list[Instance]] = field(default_factory=lambda: defaultdict(list))
+    """By SOPInstanceUID, the other data sets under it: ingest takes one, and which one is not known before."""
     stage: str = "uploaded"
     digest: str | None = None
     maps: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -158,10 +163,12 @@ class Journey:
                 if uids not in by_uid:
                     by_uid[uids] = Series(*uids, instance.modality, upload.key.split("/")[1], {})
                     self.series.append(by_uid[uids])
-                other = by_uid[uids].expected.get(instance.sop_instance_uid, instance)
-                if other != instance:  # one of them stays
-                    self._beside[other.object_sha256] = other.upload_sha256
-                by_uid[uids].expected[instance.sop_instance_uid] = instance
+                other = by_uid[uids].expected.setdefault(instance.sop_instance_uid, instance)
+                if other != instance:
+                    by_uid[uids].spare[instance.sop_instance_uid].append(instance)
+                    self._beside[instance.object_sha256] = instance.upload_sha256
+        for sha256 in self._uploads.keys() & self._beside:  # what is uploaded for itself was refused for itself
+            self._beside[sha256] = sha256
 
     @property
     def ended(self) -> bool:
@@ -214,6 +221,15 @@ class Journey:
         parts += [f"{self._uploads[one].path} was neither taken nor refused" for one in sorted(self.waiting_for)]
         return "; ".join(parts[:5]) + (f"; and {len(parts) - 5} more" if len(parts) > 5 else "")  # noqa: PLR2004
 
+    def hints(self) -> list[str]:
+        """Say of series that have waited for long where to look."""
+        waited_s = time.monotonic() - self._started - HINT_AFTER_S
+        return [
+            f"series {series.series_uid} is still {series.stage}{WAITS_FOR[series.stage]}"
+            for series in self.series
+            if series.stage in WAITS_FOR and waited_s > series.seconds.get(series.stage, waited_s)
+        ]
+
     def summary(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         return {
@@ -260,7 +276,11 @@ class Journey:
             if rejection is None:
                 return  # the others are probably on their way too, and are looked for next time
             series.rejections.append(rejection)
-            del series.expected[instance.sop_instance_uid]
+            uid = instance.sop_instance_uid
+            if series.spare[uid]:
+                series.expected[uid] = series.spare[uid].pop()
+            else:
+                del series.expected[uid]
         if series.expected and series.digest is None:
             series.stage = "stored"
 

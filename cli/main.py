@@ -3,9 +3,11 @@
 See EXIT_CODES.
 """
 
+import io
 import os
 import shlex
 import signal
+import sys
 import tempfile
 import tomllib
 import webbrowser
@@ -38,6 +40,8 @@ class _Group(TyperGroup):
     """Tells expected failures in one sentence, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes that are no text
         try:
             return super().invoke(ctx)
         except (WrongUsage, Misconfigured, StackMisconfigured) as error:
@@ -151,17 +155,20 @@ def upload(
 
     found = uploads.collect(paths, orders.name(dataset))
     client = Client(context.obj)
-    with show.bytes_progress(sum(upload.size for upload in found), f"{len(found)} files") as told:
+    with show.bytes_progress(sum(upload.size for upload in found), several(len(found), "file")) as told:
         uploads.send(client, found, told)
     told_by_upload: dict[str, Any] = {
         "dataset": dataset,
         "uploads": [{"path": str(upload.path), "key": upload.key, "bytes": upload.size} for upload in found],
     }
-    ok = True
+    ok, unfinished = True, None
     if wait:
         followed = journey.Journey(client, found)
         with show.live(lambda: show.journey_table(followed), lambda: show.journey_lines(followed)) as seen:
-            followed.wait(timeout, lambda _: seen())
+            try:
+                followed.wait(timeout, lambda _: seen())
+            except Refused as error:  # what came to an end is told nevertheless
+                unfinished = error
         told_by_upload |= followed.summary()
         ok = not followed.all_rejections and not any(series.stage == "failed" for series in followed.series)
     if json:
@@ -174,7 +181,10 @@ def upload(
             show.say(f"To fetch the results{logs}:")
             show.paths(f"radqueue results {study} --out ./out" for study in studies)
     else:
-        show.say(f"uploaded {len(found)} files to dataset {dataset}; `radqueue status` shows what becomes of them")
+        sent = several(len(found), "file")
+        show.say(f"uploaded {sent} to dataset {dataset}; `radqueue status` shows what becomes of them")
+    if unfinished is not None:
+        raise unfinished
     if not ok:
         _end("not everything came to a result", EXIT_FAILED)
 

@@ -140,7 +140,7 @@ def live(table: Callable[[], RenderableType], lines: Callable[[], list[str]]) ->
 def journey_table(journey: "Journey") -> Table:
     """Show where every series is."""
     columns = "series", "dataset", "modality", "images", "geometry", "stage", "MAP", "warnings"
-    table = Table(*columns, title="Uploads", title_justify="left")
+    table = Table(*columns, title="Uploads", title_justify="left", caption=escape("\n".join(journey.hints())))
     for series in journey.series:
         stage = f"[{STYLES.get(series.stage, 'default')}]{_stage(series)}[/] {_reached(series):.1f} s"
         what = series.dataset, escape(series.modality), str(series.n_instances), series.verdict or ""
@@ -152,6 +152,7 @@ def journey_lines(journey: "Journey") -> list[str]:
     """Tell what came to an end."""
     ended = (series for series in journey.series if series.ended)
     lines = [f"series {_short(one.series_uid)} {_stage(one)} after {_reached(one):.1f} s" for one in ended]
+    lines += journey.hints()
     return lines + [f"{one.path} refused: {one.reason_code}" for one in journey.all_rejections]
 
 

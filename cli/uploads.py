@@ -19,6 +19,8 @@ from cli.client import Client, Refused
 from shared.dicom import is_uid, sha_of, silence
 
 CHUNK_BYTES = 1024 * 1024
+MARKER = "_COMPLETE"
+"""It says to ingest that a folder is whole; a key of ours is in no folder."""
 AT_ONCE = 4
 """Files that are uploaded at the same time."""
 ZIP_MAGIC, GZIP_MAGIC = b"PK\x03\x04", b"\x1f\x8b"
@@ -98,10 +100,11 @@ def instances(upload: Upload) -> tuple[list[Instance], set[str]]:
 
 
 def files(given: Path) -> Iterator[Path]:
-    """Yield a file, or the files in a folder and below; hidden ones are left out."""
+    """Yield a file, or the files in a folder and below; hidden ones and markers are left out."""
     if given.is_dir():
         for path in sorted(given.rglob("*")):
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(given).parts):
+            hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
+            if path.is_file() and not hidden and path.name != MARKER:
                 yield path
     elif given.exists():
         yield given

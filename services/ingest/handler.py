@@ -180,23 +180,26 @@ async def _take_members(
     unpacked = [Path(member.path) for member in members if member.path is not None]
     withheld = [member for member in members if member.reason_code is not None]
     if withheld:  # there are no bytes of theirs to keep: the archive itself goes into quarantine
-        place = " ".join(f"{member.number}:{member.reason_code}" for member in withheld[:20])
+        place = " ".join(f"#{member.number}:{member.reason_code}" for member in withheld[:20])
         await _reject(created, dataset, Rejected(withheld[0].reason_code or "", place), upload, ports)
     elif not unpacked:
         await _reject(created, dataset, Rejected("not_dicom"), upload, ports)
-    calls = [partial(_take_file, created, dataset, path, ports) for path in unpacked]
+    calls = [partial(_take_file, created, dataset, path, ports, member=f"#{path.name}") for path in unpacked]
     return await all_of(calls, at_once=FILES_PER_DECODER * ports.settings.decoders)
 
 
-async def _take_file(created: CreatedObject, dataset: str, path: Path, ports: Ports) -> Instance | None:
-    """Store one DICOM file, or put it into quarantine and return None."""
+async def _take_file(
+    created: CreatedObject, dataset: str, path: Path, ports: Ports, *, member: str = ""
+) -> Instance | None:
+    """Store one DICOM file, or put it into quarantine and return None; of an archive it is that `member`."""
     normalised = path.with_name(path.name + ".dcm")
     try:
         rules = ports.datasets.of(dataset).deidentify
         instance = await ports.decoder.normalise(path, normalised, rules if rules and rules.studies else None)
         await _store(instance, normalised, ports)
     except Rejected as rejected:
-        await _reject(created, dataset, rejected, path, ports)
+        place = " ".join(filter(None, (member, rejected.place)))
+        await _reject(created, dataset, Rejected(rejected.reason_code, place), path, ports)
         return None
     finally:
         normalised.unlink(missing_ok=True)

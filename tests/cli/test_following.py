@@ -283,6 +283,36 @@ def test_what_an_archive_holds_beside_a_series_and_is_refused_is_told(client, bu
     }
 
 
+def test_of_two_files_under_one_uid_the_one_that_is_taken_is_followed(client, bucket, tmp_path):
+    """Which one ingest takes is not known before, whatever their order; the other one is told as refused."""
+    folder = write_ct_series(tmp_path / "ct", slices=2, size=16, patient=Patient("PHANTOM^X", tmp_path.name))
+    first, *_ = sorted(folder.iterdir())
+    for name in ("a", "z"):
+        (folder / name).write_bytes(first.read_bytes()[:-9])
+    uploads = collect([folder], "d")
+    cut = next(upload for upload in uploads if upload.path.name == "a")
+    found = [one for upload in uploads for one in instances(upload)[0] if one.upload_sha256 != cut.sha256]
+    journey = Journey(client, uploads)
+    bucket.refuse(cut.sha256, "truncated")
+    bucket.put(f"{bucket.settle(found)}routing.json", {"maps": []})
+    journey.look()
+    journey.look()
+
+    assert [(series.stage, series.n_instances) for series in journey.series] == [("skipped", 2)]
+    assert [one.path for one in journey.all_rejections] == [cut.path]
+
+
+def test_a_series_that_waits_for_long_tells_where_to_look(client, uploaded, monkeypatch):
+    """A dataset that is de-identified as it is stored cannot be followed, which is said long before time is up."""
+    journey = Journey(client, uploaded[0])
+    journey.look()
+    soon = journey.hints()
+    monkeypatch.setattr("cli.journey.HINT_AFTER_S", -1)
+
+    assert soon == []
+    assert "de-identified" in journey.hints()[0]
+
+
 def test_a_timeout_tells_how_far_it_came(client, bucket, tmp_path):
     """What is said when time is up is what was seen last."""
     name = tmp_path.name.replace("_", "-")

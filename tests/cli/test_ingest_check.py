@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def test_every_series_has_a_verdict(radqueue, tmp_path):
     assert (gapped["n_instances"], gapped["geometry"]["verdict"], gapped["geometry"]["n_gaps"]) == (5, "gaps", 1)
     assert gapped["warnings"] == ["missing_slices", "uneven_spacing"]
     assert refused["path"].endswith("/whole/z")
-    assert (refused["reason_code"], refused["place"]) == ("conflicting_duplicate", str(changed.SOPInstanceUID))
+    assert (refused["reason_code"], refused["place"]) == ("conflicting_duplicate", str(whole[3]))
+    assert {file["series_uid"] for file in told["files"]} == set(uids)
     assert "2 series (" in text
     assert "missing_slices" in text
 
@@ -129,6 +131,16 @@ def test_the_limits_are_those_of_the_service(radqueue, archive):
     assert json.loads(limited.stdout)["reasons"] == {"too_large": 1}
     assert wrong.returncode == 2
     assert "RADQUEUE_DECODERS" in wrong.stderr
+
+
+def test_a_name_that_is_no_text_is_shown(radqueue, tmp_path):
+    """Files of old systems have names in other encodings."""
+    write_ct_series(tmp_path / "ct", slices=1, size=16)
+    (next((tmp_path / "ct").iterdir())).rename(tmp_path / os.fsdecode(b"M\xfcller"))
+    ran = radqueue("ingest-check", tmp_path, env={"PYTHONIOENCODING": "utf-8:strict"})
+
+    assert ran.returncode == 0
+    assert "ller: taken in" in ran.stdout
 
 
 def test_no_file_is_an_error(radqueue, tmp_path):

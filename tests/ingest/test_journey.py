@@ -267,8 +267,11 @@ async def test_a_zip_settles_at_its_end(bench, maker, make_part_10, make_zip):
     await handle_uploads(await bench.upload("incoming/lung/study.bin", body), ports=bench.ports)
 
     (ready,) = bench.published.of(SeriesReady)
-    rejected = sorted(event.data.reason_code for event in bench.published.of(UploadRejected))
+    rejections = bench.published.of(UploadRejected)
+    rejected = sorted(event.data.reason_code for event in rejections)
+    reasons = [json.loads(await bench.objects.get(event.data.quarantine_key)) for event in rejections]
 
+    assert {reason["place"] for reason in reasons} == {"#3", "#4"}
     assert ready.data.n_instances == 3
     assert rejected == ["not_dicom", "truncated"]
     assert not bench.published.of(SeriesSettling)
