@@ -37,6 +37,5 @@ def planted(into, numbers):
     for tag, vr in ((0x00080FFF, "LO"), (0x00180FFF, "UN"), (0x60000022, "LO"), (0x60004000, "LT")):
         value = sentinel(next(numbers), vr)
         into.add_new(tag, vr, value)
-        if tag != 0x60000022:  # a description of an overlay, which the table does not list
-            found.append(value)
+        found.append(value)
     return found

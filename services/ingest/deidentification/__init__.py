@@ -17,7 +17,11 @@ names, long free texts, elements that the data dictionary does not know, and UID
 
 Everything new is made by HMAC (RFC 2104) with a secret: the same secret gives the same UIDs, pseudonyms and shifts on
 any worker, and without it nothing can be found by trying. Sequences are treated alike at any depth. Private elements
-are removed; `retain_safe_private` keeps those of `safe_private.csv`, which is table E.3.10-1.
+are removed; `retain_safe_private` keeps those of `safe_private.csv`, which is table E.3.10-1, and what lies in their
+sequences is treated like the rest, as are their UIDs.
+
+`beyond.csv` has attributes that the table does not: those of groups 0008 to 0040 that tell a date of birth, an address
+or an identifier, some of other groups, and what is left of an overlay without its data.
 
 What is drawn into the pixels is no attribute: see `pixels.py`.
 """
@@ -301,8 +305,9 @@ def _dates_are(options: frozenset[Option]) -> str:
 
 @functools.cache
 def _profile() -> dict[str, dict[str, str]]:
-    with (HERE / "profile.csv").open(encoding="ascii", newline="") as file:
-        return {row["tag"]: row for row in csv.DictReader(file)}
+    """Return the standard's table, and what goes beyond it."""
+    texts = [(HERE / name).read_text("ascii") for name in ("beyond.csv", "profile.csv")]
+    return {row["tag"]: row for text in texts for row in csv.DictReader(text.splitlines())}
 
 
 def _row(tag: BaseTag) -> dict[str, str] | None:
