@@ -8,7 +8,7 @@ from pydicom import Dataset, dcmread
 from services.ingest.answers import Instance
 from services.ingest.datasets import BlankRule, Deidentification
 from services.ingest.deidentification import METHOD, deidentify, keyed_hash
-from services.ingest.deidentification.pixels import blank, burned_in_suspected
+from services.ingest.deidentification.pixels import blank, burned_in_suspected, clear_unused_bits
 from services.ingest.reading import noted_in, part_10, text_of
 from shared.dicom import SHA_LENGTH
 from shared.errors import Unprocessable
@@ -30,6 +30,7 @@ def protect(instance: Instance, body: bytes, rules: Deidentification, secret: st
         raise Unprocessable("cannot_deidentify")
     cleaned = screen(dataset, rules.blank)
     try:
+        clear_unused_bits(dataset)
         deidentify(dataset, rules.options, secret, pixels_cleaned=cleaned)
         sop_instance_uid = text_of(dataset, "SOPInstanceUID")
         stored = part_10(dataset, text_of(dataset, "SOPClassUID"), sop_instance_uid, notes)

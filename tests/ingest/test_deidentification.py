@@ -1,6 +1,7 @@
 import io
 from datetime import date
 
+import numpy as np
 import pytest
 from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.data import get_testdata_file
@@ -8,8 +9,11 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
+from services.ingest.datasets import BlankRule
 from services.ingest.deidentification import Option, deidentify, keyed_uid, pseudonym
-from services.ingest.deidentification.pixels import blank, burned_in_suspected
+from services.ingest.deidentification.pixels import blank, burned_in_suspected, clear_unused_bits
+from services.ingest.protection import is_clean, screen
+from shared.errors import Unprocessable
 from tests.ingest.sentinels import planted
 
 SECRET = "a secret"
@@ -170,10 +174,21 @@ def test_a_value_that_cannot_be_read_is_removed():
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, True),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "BurnedInAnnotation": "NO"}, False),
         ({"Modality": "ES"}, True),
+        ({"Modality": "us"}, True),
+        ({"Modality": ["CT", "US"]}, True),
+        ({"Modality": ["CT", "PT"]}, False),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6"}, True),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.3"}, True),
+        ({"BurnedInAnnotation": ""}, False),
+        ({"BurnedInAnnotation": "Y"}, True),
+        ({"BurnedInAnnotation": "TRUE"}, True),
+        ({"BurnedInAnnotation": ["NO", "YES"]}, True),
+        ({"Modality": "US", "BurnedInAnnotation": "no"}, False),
     ],
 )
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 def test_burned_in_annotation_is_suspected_by_kind(changes, suspected):
-    """Screens, ultrasound and photographs are suspected unless they deny it; a CT is not."""
+    """Screens, ultrasound and photographs are suspected unless they deny it; a CT is not, unless it says otherwise."""
     assert burned_in_suspected(dataset_of(**changes)) is suspected
 
 
@@ -191,3 +206,30 @@ def test_regions_are_blanked_in_every_frame(name):
     expected[inside] = 0
     assert (after == expected).all()
     assert dataset.BurnedInAnnotation == "NO"
+
+
+@pytest.mark.parametrize("region", [(0, 700, 800, 60), (20, 0, 5, 5)])
+def test_a_region_beside_the_picture_cleans_nothing(region):
+    """A rule for pictures of another size does not apply, so that the picture is suspected as without it."""
+    rules = [BlankRule(when={"Modality": "US"}, regions=[(0, 0, 5, 5), region])]
+    dataset = dataset_of(Modality="US", Rows=20, Columns=20, BitsAllocated=8, BurnedInAnnotation="YES")
+    dataset.PixelData = bytes(400)
+
+    assert not is_clean(dataset, rules)
+    with pytest.raises(Unprocessable, match="burned_in_suspected"):
+        screen(dataset, rules)
+
+
+@pytest.mark.parametrize(("signed", "dtype"), [(0, "<u2"), (1, "<i2")])
+def test_nothing_of_an_overlay_is_left(signed, dtype):
+    """Bits above the values are cleared and the values stay; of the overlay's own elements none does."""
+    values = np.array([0, 1, 2047, -2048 if signed else 4095], dtype)
+    dataset = dataset_of(BitsAllocated=16, BitsStored=12, HighBit=11, PixelRepresentation=signed)
+    dataset.add_new("PixelData", "OW", (values ^ 0x5000).astype(dtype).tobytes())
+    for tag, vr, value in ((0x60000010, "US", 2), (0x60000102, "US", 12), (0x60021500, "LO", "DOE")):
+        dataset.add_new(tag, vr, value)
+    clear_unused_bits(dataset)
+    deidentify(dataset, (), SECRET)
+
+    assert dataset.PixelData == values.tobytes()
+    assert not [tag for tag in dataset.keys() if tag.group >= 0x6000 and tag.group < 0x7000]  # noqa: SIM118 - as above
