@@ -89,6 +89,29 @@ def test_uids_are_the_same_wherever_they_stand():
     assert len(dataset.SOPInstanceUID) <= 64
 
 
+def test_only_registered_uids_are_dicoms_own():
+    """A UID that somebody made below DICOM's root is replaced like any other."""
+    made = f"{CTImageStorage}.20240131.120000.777"
+    dataset = dataset_of(SOPInstanceUID=made, FrameOfReferenceUID="1.2.840.10008.1.4.1.1")
+    deidentify(dataset, (), SECRET)
+
+    assert dataset.SOPInstanceUID == keyed_uid(made, SECRET)
+    assert dataset.FrameOfReferenceUID == "1.2.840.10008.1.4.1.1"
+
+
+@pytest.mark.parametrize("options", [(), (Option.RETAIN_UIDS,)])
+@pytest.mark.parametrize("vr", ["AE", "CS", "LO", "OB", "SH", "ST", "UT"])
+def test_a_reference_of_another_vr_goes(vr, options):
+    """A UID, or a sequence that holds UIDs, stays in no form when it is written as something else."""
+    dataset = dataset_of()
+    for keyword in ("FrameOfReferenceUID", "ReferencedImageSequence"):
+        dataset.add_new(keyword, vr, b"1.2.9" if vr == "OB" else "1.2.9")
+    deidentify(dataset, options, SECRET)
+
+    assert "FrameOfReferenceUID" not in dataset
+    assert "ReferencedImageSequence" not in dataset
+
+
 def test_one_patient_keeps_one_pseudonym_and_one_shift():
     """Studies of one patient stay together, at their distance in time; another patient's are shifted otherwise."""
     first, later = dataset_of(), dataset_of(StudyDate="20240301", AcquisitionDateTime="20240302101112.5")
@@ -106,6 +129,47 @@ def test_one_patient_keeps_one_pseudonym_and_one_shift():
 
 def _days(text):
     return date.fromisoformat(str(text)).toordinal()
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("StudyDate", "20240131-20240229"),
+        ("StudyDate", "20240131 DOE^JOHN"),
+        ("StudyDate", ["20240131", "20240131 DOE"]),
+        ("AcquisitionDateTime", "20240131120000-20240229120000"),
+        ("AcquisitionDateTime", "20240131 DOE"),
+        ("StudyTime", "DOE^JOHN 12"),
+    ],
+)
+@pytest.mark.parametrize("option", [Option.RETAIN_MODIFIED_DATES, Option.RETAIN_FULL_DATES])
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_what_is_no_date_does_not_stay_as_one(option, keyword, value):
+    """Where dates are kept, a value that is more than a date or a time is treated as if they were not."""
+    kept, taken = dataset_of(**{keyword: value}), dataset_of(**{keyword: value})
+    deidentify(kept, [option], SECRET)
+    deidentify(taken, [], SECRET)
+
+    assert kept[keyword] == taken[keyword]
+
+
+def test_each_of_several_dates_is_shifted():
+    """Dates in one element stay at their distance."""
+    dataset = dataset_of(DateOfLastCalibration=["20240131", "20240302"])
+    deidentify(dataset, [Option.RETAIN_MODIFIED_DATES], SECRET)
+    first, second = dataset.DateOfLastCalibration
+
+    assert _days(second) - _days(first) == 31
+    assert first != "20240131"
+
+
+def test_an_option_keeps_no_value_of_another_vr():
+    """A text in place of an age is no patient characteristic."""
+    dataset = dataset_of()
+    dataset.add_new("PatientAge", "LO", "Doe^Leaky")
+    deidentify(dataset, [Option.RETAIN_PATIENT_CHARACTERISTICS], SECRET)
+
+    assert "PatientAge" not in dataset
 
 
 @pytest.mark.parametrize(
@@ -140,6 +204,27 @@ def test_a_safe_private_element_stays_with_its_creator():
     kept = dataset.private_block(0x7053, "Philips PET Private Group")
     assert kept[0x00].value == 0.5
     assert 0x01 not in kept
+
+
+def test_the_profile_reaches_into_safe_private_elements():
+    """In a sequence that stays nothing else stays that would not elsewhere; UIDs are new, and each VR is the list's."""
+    item = dataset_of(PatientBirthDate="19580312")
+    item.private_block(0x0029, "ACME", create=True).add_new(0, "LO", "DOE")
+    dataset = dataset_of()
+    hologic = dataset.private_block(0x7E01, "HOLOGIC, Inc.", create=True)
+    hologic.add_new(0x10, "SQ", [item])
+    hologic.add_new(0x11, "UN", b"DOE")
+    header = dataset.private_block(0x0099, "NQHeader", create=True)
+    header.add_new(0x01, "UI", "1.2.3")
+    header.add_new(0x04, "LO", "DOE")
+    deidentify(dataset, [Option.RETAIN_SAFE_PRIVATE], SECRET)
+
+    assert hologic[0x10].value[0] is item
+    assert header[0x01].value == item.SOPInstanceUID == keyed_uid("1.2.3", SECRET)
+    assert (item.PatientName, item.PatientBirthDate) == (pseudonym("ID7", SECRET), None)
+    assert 0x11 not in hologic
+    assert 0x04 not in header
+    assert not [tag for tag in item.keys() if tag.is_private]  # noqa: SIM118 - a data set iterates over elements
 
 
 def test_descriptors_keep_vocabulary_and_lose_names():

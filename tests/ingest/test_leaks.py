@@ -10,8 +10,10 @@ from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
 from pydicom.sequence import Sequence
 
-from services.ingest.deidentification import keyed_uid, pseudonym
+from services.ingest.datasets import Deidentification
+from services.ingest.deidentification import Option, keyed_uid, pseudonym
 from services.ingest.handler import handle_uploads
+from services.ingest.protection import protect
 from services.ingest.reading import Caps, normalise
 from services.ingest.settling import handle_settling
 from shared.dicom import Revision, digest_of
@@ -125,6 +127,36 @@ async def test_no_sentinel_reaches_training_data(bench):
     assert revision.array_key in told
     assert (ready.data.array_key, ready.data.deidentified, revision.deidentified) == (None, False, False)
     assert ready.data.series_uid == maker.series_uid
+
+
+@pytest.mark.parametrize("vr", [b"AE", b"CS", b"LO", b"SH", b"ST"])
+@pytest.mark.parametrize("options", [(), (Option.RETAIN_UIDS,)])
+def test_an_instance_has_its_new_uids_whatever_their_vr(maker, vr, options):
+    """UIDs that are not written as such are in the stored file, and in its key, as those of another file would be."""
+    upload = as_written = part_10(maker.ct())
+    for tag in (b"\x08\0\x16\0", b"\x08\0\x18\0", b"\x20\0\x0d\0", b"\x20\0\x0e\0"):
+        upload = upload.replace(tag + b"UI", tag + vr)
+    rules = Deidentification(studies=True, options=options)
+    caps = Caps(1 << 24, 1 << 24)
+    expected, _ = protect(*normalise(as_written, caps), rules, SECRET)
+    instance, body = protect(*normalise(upload, caps), rules, SECRET)
+    stored = dcmread(io.BytesIO(body))
+
+    assert upload != as_written
+    assert (instance.study_uid, instance.series_uid) == (expected.study_uid, expected.series_uid)
+    assert instance.sop_instance_uid == expected.sop_instance_uid == stored.SOPInstanceUID
+    assert (maker.series_uid.encode() in body) == bool(options)
+    assert stored.SOPClassUID == stored.file_meta.MediaStorageSOPClassUID == maker.ct().SOPClassUID
+
+
+def test_bits_beside_the_values_are_not_stored(maker):
+    """An overlay in the unused bits of the pixels is gone from a de-identified instance."""
+    dataset = maker.ct()
+    values = dataset.PixelData
+    dataset.PixelData = (np.frombuffer(values, "<u2") | 0x1000).tobytes()
+    _, body = protect(*normalise(part_10(dataset), Caps(1 << 24, 1 << 24)), Deidentification(studies=True), SECRET)
+
+    assert dcmread(io.BytesIO(body)).PixelData == values
 
 
 async def test_two_uploads_of_one_study_stay_together(bench, maker):

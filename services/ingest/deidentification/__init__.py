@@ -3,8 +3,9 @@
 Theory of operation. `profile.csv` is table E.1-1 of the standard as data (edition 2024e, with the attributes that the
 basic profile has gained until 2026c): for each attribute what the basic profile does, and what each option does
 instead. Where the table leaves a choice (X/Z/D), the last one is taken, which is right for attributes of any type.
-Where the table says nothing the attribute stays, with four exceptions that are stricter than the standard: persons'
-names, long free texts, elements that the data dictionary does not know, and UIDs that are not DICOM's own.
+Where the table says nothing the attribute stays, with exceptions that are stricter than the standard: what
+`beyond.csv` lists, persons' names, long free texts, URLs, elements that the data dictionary does not know, and UIDs
+that DICOM has not registered.
 
 | action | what is done |
 |---|---|
@@ -14,6 +15,10 @@ names, long free texts, elements that the data dictionary does not know, and UID
 | U | its UID is replaced by a keyed one, the same for the same UID wherever it stands |
 | C | dates are shifted; texts keep the words that are medical vocabulary and no part of what names the patient |
 | K | kept |
+
+U, C and K are for what fits the VR that the dictionary, or the list of safe private elements, has for it. What does not
+may be any text: it is treated as without options, and removed where that would be U. Only the UIDs under which an
+instance is stored are written anew with VR UI, whatever they came with.
 
 Everything new is made by HMAC (RFC 2104) with a secret: the same secret gives the same UIDs, pseudonyms and shifts on
 any worker, and without it nothing can be found by trying. Sequences are treated alike at any depth. Private elements
@@ -32,7 +37,7 @@ import functools
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from enum import StrEnum
@@ -44,9 +49,8 @@ from pydicom.datadict import dictionary_has_tag, dictionary_VR, repeater_has_tag
 from pydicom.sequence import Sequence
 from pydicom.sr.codedict import codes
 from pydicom.tag import BaseTag, Tag
+from pydicom.uid import UID
 
-STANDARD_ROOT = "1.2.840.10008."
-"""UIDs below it are DICOM's own: classes, transfer syntaxes, well-known frames of reference (PS3.6 Annex A)."""
 METHOD = "DICOM PS3.15 Annex E, basic profile (radqueue)"
 PSEUDONYM_LENGTH = 16
 LONGEST_SHIFT_DAYS = 3650
@@ -67,17 +71,25 @@ TEXTS = {"LO", "LT", "SH", "ST", "UC", "UT"}
 FREE_TEXTS = {"LT", "ST", "UT"}
 SHORT_TEXTS = {"AE", "CS", "LO", "SH"}
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
-_TIME = re.compile(r"[\d.+-]+")
-NUMBERS_AND_TIMES = {
+FORMATS = {
     "DS": _NUMBER,
     "IS": _NUMBER,
-    "DA": _TIME,
-    "DT": _TIME,
-    "TM": _TIME,
+    "DA": re.compile(r"\d{4}\.?\d\d\.?\d\d *"),
+    "DT": re.compile(r"\d{4}(\d\d){0,5}(\.\d{1,6})?([+-]\d{4})? *"),
+    "TM": re.compile(r"\d\d(:?\d\d){0,2}(\.\d{1,6})? *"),
     "AS": re.compile(r"\d{3}[DWMY]"),
+    "UI": re.compile(r"[\d.]+"),
 }
+"""What a value may be where that leaves no room for a text: PS3.5 section 6.2, and what was before. No ranges."""
 _DATE = re.compile(r"\d{8}")
-_WORD = re.compile(r"[^\W\d]\w*|\d+(?:\.\d+)?")
+_WORD = re.compile(r"[234][dD]\b|[^\W\d]\w*|\d+(?:\.\d+)?")
+_PART = re.compile(r"[^\W\d]+|\d+")
+IDENTITY = {"SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"}
+"""UIDs under which an instance is stored: it must have them."""
+IDENTIFIERS = {"PatientID", "OtherPatientIDs", "MedicalRecordLocator", "AccessionNumber", "AdmissionID"}
+"""What names the patient or the examination beside persons' names: no part of it stays in a description."""
+MONTHS = {"ago", "may", "set"}
+"""Words of the vocabulary that are months in some language too, and would let "12 May 58" pass."""
 HERE = Path(__file__).parent
 
 
@@ -158,15 +170,15 @@ class _Cleaner:
 
     def clean(self, dataset: Dataset) -> None:
         """Clean one level, and what lies below."""
-        kept_private = self._kept_private(dataset) if Option.RETAIN_SAFE_PRIVATE in self.options else set()
+        private = _safe_private_in(dataset) if Option.RETAIN_SAFE_PRIVATE in self.options else {}
         for tag in list(dataset.keys()):
-            if tag.is_private:
-                if tag not in kept_private:
-                    del dataset[tag]
+            vrs = private.get(tag, ()) if tag.is_private else _dictionary_vrs(tag)
+            if not vrs:
+                del dataset[tag]
                 continue
             try:
                 element = dataset[tag]
-                cleaned = self._cleaned(element)
+                cleaned = self._cleaned(element, vrs)
             except Exception:  # noqa: BLE001 - pydicom raises what the value makes it raise
                 cleaned = None  # what cannot be read cannot be shown to be harmless
             if cleaned is None:
@@ -174,9 +186,11 @@ class _Cleaner:
             elif cleaned is not element:
                 dataset[tag] = cleaned
 
-    def _cleaned(self, element: DataElement) -> DataElement | None:
-        """Return the element to have instead; None for none."""
-        match self._action(element):
+    def _cleaned(self, element: DataElement, vrs: Collection[str]) -> DataElement | None:
+        """Return the element to have instead, which may have the VRs; None for none."""
+        if element.keyword in IDENTITY and element.VR != "UI":
+            element = DataElement(element.tag, "UI", str(element.value).strip(" \0"))
+        match self._action(element, vrs):
             case "X":
                 return None
             case "Z":
@@ -192,15 +206,15 @@ class _Cleaner:
             return DataElement(element.tag, "UI", self._keyed_uids(element.value))
         return element
 
-    def _action(self, element: DataElement) -> str:
-        tag = element.tag
-        row = _row(tag)
-        if row is not None:
-            asked = {row[option] for option in self.options if row.get(option)}
-            return next((action for action in "KC" if action in asked), row["basic"][-1])
-        if not dictionary_has_tag(tag) and not repeater_has_tag(tag):
-            return "X"
-        return "K" if element.VR not in {"PN", "UN", *FREE_TEXTS} and _fits(element) else "X"
+    def _action(self, element: DataElement, vrs: Collection[str]) -> str:
+        row = _row(element.tag)
+        if row is None:
+            harmless = element.tag.is_private or element.VR not in {"PN", "UR", *FREE_TEXTS}
+            return "K" if harmless and _fits(element, vrs) else "X"
+        basic = row["basic"][-1]
+        asked = {row[option] for option in self.options if row.get(option)}
+        action = next((action for action in "KC" if action in asked), basic)
+        return action if action in "XZD" or _fits(element, vrs) else basic.replace("U", "X")
 
     def _stand_in(self, element: DataElement, *, empty: bool) -> Any:
         if element.keyword in {"PatientID", "PatientName"}:
@@ -213,7 +227,8 @@ class _Cleaner:
 
     def _keyed_uids(self, value: Any) -> list[str]:
         uids = [value] if isinstance(value, str) else list(value or [])
-        return [uid if not uid or uid.startswith(STANDARD_ROOT) else keyed_uid(uid, self.secret) for uid in uids]
+        # Those that PS3.6 Annex A registers have a type; anybody can make others below DICOM's root.
+        return [uid if not uid or UID(uid).type else keyed_uid(uid, self.secret) for uid in uids]
 
     def _with_clean_value(self, element: DataElement) -> DataElement | None:
         if element.VR == "SQ":
@@ -247,27 +262,37 @@ class _Cleaner:
             return len(word) <= 3  # noqa: PLR2004 - a field strength, an angle, a thickness; nobody's number
         return word.lower() in _vocabulary() and word.lower() not in self.names
 
-    @staticmethod
-    def _kept_private(dataset: Dataset) -> set[BaseTag]:
-        """Return the tags of safe private elements, and of the creators that reserve their blocks (PS3.5 7.8.1)."""
-        kept = set()
-        for tag in dataset.keys():  # noqa: SIM118 - a data set iterates over elements
-            creator_tag = Tag(tag.group, tag.element >> 8)
-            if not tag.is_private or tag.is_private_creator or creator_tag not in dataset:
-                continue
-            creator = str(dataset[creator_tag].value or "").strip()
-            if (tag.group, creator, tag.element & 0xFF) in _safe_private():
-                kept |= {tag, creator_tag}
-        return kept
+
+def _is_number(word: str) -> bool:
+    return word[0].isdecimal() and word[-1].isdecimal()
 
 
-def _fits(element: DataElement) -> bool:
+def _safe_private_in(dataset: Dataset) -> dict[BaseTag, tuple[str]]:
+    """Return the VR of safe private elements, and of the creators that reserve their blocks (PS3.5 7.8.1)."""
+    kept: dict[BaseTag, tuple[str]] = {}
+    for tag in dataset.keys():  # noqa: SIM118 - a data set iterates over elements
+        creator_tag = Tag(tag.group, tag.element >> 8)
+        if not tag.is_private or tag.is_private_creator or creator_tag not in dataset:
+            continue
+        creator = str(dataset[creator_tag].value or "").strip()
+        vr = _safe_private().get((tag.group, creator, tag.element & 0xFF))
+        if vr:
+            kept |= {tag: (vr,), creator_tag: ("LO",)}
+    return kept
+
+
+def _dictionary_vrs(tag: BaseTag) -> list[str]:
+    """Return the VRs that the data dictionary has for an attribute; none where it does not know it."""
+    known = dictionary_has_tag(tag) or repeater_has_tag(tag)
+    return dictionary_VR(tag).split(" or ") if known else []
+
+
+def _fits(element: DataElement, vrs: Collection[str]) -> bool:
     """Tell whether the element is what its tag says: pydicom reads what does not fit as a text, which may be any."""
-    known = dictionary_VR(element.tag).split(" or ")
-    if element.VR not in known and not {element.VR, *known} <= SHORT_TEXTS:
+    if element.VR not in vrs and not {element.VR, *vrs} <= SHORT_TEXTS:
         return False
     values = element.value if element.VM > 1 else [element.value]
-    pattern = NUMBERS_AND_TIMES.get(element.VR)
+    pattern = FORMATS.get(element.VR)
     return pattern is None or all(value in (None, "") or pattern.fullmatch(str(value)) for value in values)
 
 
@@ -318,10 +343,11 @@ def _row(tag: BaseTag) -> dict[str, str] | None:
 
 
 @functools.cache
-def _safe_private() -> frozenset[tuple[int, str, int]]:
+def _safe_private() -> dict[tuple[int, str, int], str]:
+    """Return the VR of safe private elements, by group, creator and place in the creator's block."""
     with (HERE / "safe_private.csv").open(encoding="ascii", newline="") as file:
         rows = csv.DictReader(file)
-        return frozenset((int(row["group"], 16), row["creator"], int(row["element"], 16)) for row in rows)
+        return {(int(row["group"], 16), row["creator"], int(row["element"], 16)): row["vr"] for row in rows}
 
 
 @functools.cache
