@@ -239,6 +239,28 @@ def test_descriptors_keep_vocabulary_and_lose_names():
     assert not {"Smithers", "0123456", "Jones", "thorax", "arm"} & set(words)
 
 
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("T2w 3D 1.5 mm 64 slices", "T2w 3D 1.5 mm 64 slices"),
+        ("Head 943 476 591", "Head"),
+        ("Head 123-456-789", "Head"),
+        ("DOB 12/03/58 Brain", "Brain"),
+        ("born 12 May 58, 3.4. 1958", ""),
+        ("Thorax tel 030 123 45 67", "Thorax"),
+        ("Thorax 12 Jones 34", "Thorax"),
+        (["Thorax", "943", "476"], "Thorax"),
+        ("rose 943 slices, 12 mm", "slices mm"),
+    ],
+)
+def test_descriptors_keep_short_single_numbers(text, cleaned):
+    """A number stays if it has three digits at most, no number beside it, and is no part of an identifier."""
+    dataset = dataset_of(PatientID="ROSE943", AccessionNumber="7 12", SeriesDescription=text)
+    deidentify(dataset, [Option.CLEAN_DESCRIPTORS], SECRET)
+
+    assert dataset.SeriesDescription == cleaned
+
+
 def test_a_value_that_cannot_be_read_is_removed():
     """An element whose value does not fit its VR goes, for nobody can show that it is harmless."""
     dataset = dataset_of()

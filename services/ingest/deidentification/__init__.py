@@ -36,6 +36,7 @@ import csv
 import functools
 import hashlib
 import hmac
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ from pydicom.uid import UID
 METHOD = "DICOM PS3.15 Annex E, basic profile (radqueue)"
 PSEUDONYM_LENGTH = 16
 LONGEST_SHIFT_DAYS = 3650
+LONGEST_NUMBER = 3
+"""Digits, with the point, of a field strength, an angle, a thickness; nobody's number is so short."""
 DUMMY_DATE = "19000101"
 DUMMIES: Mapping[str, Any] = {
     "AS": "000Y",
@@ -241,7 +244,7 @@ class _Cleaner:
         if element.VR == "TM":  # whole days are shifted, so times of day stay
             return element
         if element.VR in TEXTS:
-            return DataElement(element.tag, element.VR, [self._harmless(str(value or "")) for value in values])
+            return DataElement(element.tag, element.VR, self._harmless(" ".join(str(value or "") for value in values)))
         return None
 
     def _shifted(self, text: str) -> str:
@@ -253,13 +256,19 @@ class _Cleaner:
         return f"{then:%Y%m%d}{text[8:]}"
 
     def _harmless(self, text: str) -> str:
-        """Keep the words that are vocabulary and no name of this data set, and numbers of up to three digits."""
-        words = [word for word in _WORD.findall(text) if self._is_harmless(word)]
-        return " ".join(words)
+        """Keep the words that are vocabulary and no name of this data set, and short numbers that stand alone.
+
+        Numbers without a word that stays between them all go: they may be a date of birth or a telephone number.
+        """
+        found = (word for word in _WORD.findall(text) if _is_number(word) or self._is_harmless(word))
+        kept: list[str] = []
+        for of_numbers, run in itertools.groupby(found, key=_is_number):
+            words = list(run)
+            alone = len(words) == 1 and len(words[0]) <= LONGEST_NUMBER and words[0] not in self.names
+            kept += words if alone or not of_numbers else []
+        return " ".join(kept)
 
     def _is_harmless(self, word: str) -> bool:
-        if word[0].isdigit():
-            return len(word) <= 3  # noqa: PLR2004 - a field strength, an angle, a thickness; nobody's number
         return word.lower() in _vocabulary() and word.lower() not in self.names
 
 
@@ -304,15 +313,16 @@ def _text(dataset: Dataset, keyword: str) -> str:
 
 
 def _names_in(dataset: Dataset) -> frozenset[str]:
-    """Return the words of all persons' names and of the patient's identifiers, at any depth."""
+    """Return the words, and their parts, of all persons' names and of identifiers, at any depth."""
     words: set[str] = set()
     for tag in list(dataset.keys()):
         with contextlib.suppress(Exception):  # as above; an unreadable element is removed anyway
             element = dataset[tag]
             if element.VR == "SQ":
                 words |= {word for item in element.value for word in _names_in(item)}
-            elif element.VR == "PN" or element.keyword == "PatientID":
-                words |= {word.lower() for word in _WORD.findall(str(element.value).replace("_", " "))}
+            elif element.VR == "PN" or element.keyword in IDENTIFIERS:
+                text = str(element.value).replace("_", " ").lower()
+                words |= {*_WORD.findall(text), *_PART.findall(text)}
     return frozenset(words)
 
 
@@ -356,4 +366,4 @@ def _vocabulary() -> frozenset[str]:
     terms = [*codes.DCM.dir(), *codes.SCT.dir()]
     words = {word.lower() for term in terms for word in re.findall(r"[A-Z]?[a-z]+", term)}
     protocol_words = (HERE / "protocol_words.txt").read_text("ascii").split()
-    return frozenset(word for word in words if len(word) > 1) | set(protocol_words)
+    return (frozenset(word for word in words if len(word) > 1) | set(protocol_words)) - MONTHS
