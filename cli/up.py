@@ -331,7 +331,8 @@ class Stack:
                 f"{service.name} died {QUICK_DEATHS} times in a row (exit code {code}); see {service.log}\n{words}"
             )
         pause = FIRST_PAUSE_S * 2 ** (service.quick_deaths - 1) if quick else 0.0
-        self._say(f"{service.name} died (exit code {code}), starts again in {pause:g} s; see {service.log}")
+        ended = "died" if code else "ended"
+        self._say(f"{service.name} {ended} (exit code {code}), starts again in {pause:g} s; see {service.log}")
         service.running, service.ready, service.start_at = None, False, time.monotonic() + pause
 
     def _shut_down(self) -> None:

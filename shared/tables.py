@@ -55,4 +55,5 @@ def read_table(
 
 def _line(detail: Any) -> str:
     place = ".".join(str(part) for part in detail["loc"] if part != "[key]") or "the document"
-    return f"{place}: {detail['msg'].removeprefix('Value error, ')}."
+    unknown = detail["type"] == "extra_forbidden"
+    return f"{place}: {'there is no such key' if unknown else detail['msg'].removeprefix('Value error, ')}."

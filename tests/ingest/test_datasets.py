@@ -85,6 +85,12 @@ def test_a_mistake_is_told_by_its_place(text, place):
     assert f"datasets.yaml: {place}: " in str(raised.value)
 
 
+def test_a_key_that_nothing_reads_is_told_in_words():
+    """A misspelt key is the commonest mistake."""
+    with pytest.raises(Misconfigured, match=r"default\.array\.sise: there is no such key\."):
+        read("default: {array: {sise: 3}}", SECRET)
+
+
 def test_nesting_without_end_is_no_yaml():
     """A document that is deeper than any reader goes is told like any other mistake."""
     with pytest.raises(Misconfigured):
