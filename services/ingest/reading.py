@@ -374,8 +374,8 @@ def _convert(dataset: Dataset, notes: set[str], *, big_endian: bool) -> None:
         if element.VR == "SQ":
             for item in element.value:
                 _convert(item, notes, big_endian=big_endian)
-        elif element.VR == "SS" and element.keyword.endswith("Descriptor") and element.value[0] < 0:
-            element.value[0] += 2**16  # the number of entries is unsigned, whatever the VR (PS3.3 C.11.1.1.1)
+        elif element.VR == "SS" and element.VM == 3 and element.keyword.endswith("Descriptor"):  # noqa: PLR2004
+            element.value[0] %= 2**16  # the number of entries is unsigned, whatever the VR (PS3.3 C.11.1.1.1)
         elif element.VR in TEXTS and isinstance(raw, RawDataElement):
             dataset[tag] = raw._replace(VR=element.VR, is_implicit_VR=False, is_little_endian=True)
         elif big_endian and isinstance(element.value, bytes) and (width := _word_bytes(element, dataset)) > 1:
