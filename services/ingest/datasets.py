@@ -79,13 +79,13 @@ class BlankRule(_Strict):
     regions: tuple[tuple[NotNegative, NotNegative, Positive, Positive], ...] = Field(min_length=1)
 
     def applies(self, dataset: Dataset) -> bool:
-        """Tell whether the instance has each of the values, or one of several, and each region touches its picture.
+        """Tell whether the instance has each of the values, or one of several."""
+        return all(_has(dataset, keyword, wanted) for keyword, wanted in self.when.items())
 
-        Where one does not, the rule was made for pictures of another size, and the texts are elsewhere.
-        """
+    def fits(self, dataset: Dataset) -> bool:
+        """Tell whether each region touches the picture; else it is of another size, and its texts are elsewhere."""
         rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
-        touching = all(left < columns and top < rows for left, top, _, _ in self.regions)
-        return touching and all(_has(dataset, keyword, wanted) for keyword, wanted in self.when.items())
+        return all(left < columns and top < rows for left, top, _, _ in self.regions)
 
 
 def _has(dataset: Dataset, keyword: str, wanted: Scalar | list[Scalar]) -> bool:

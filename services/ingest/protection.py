@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 
-from pydicom import Dataset, dcmread
+from pydicom import DataElement, Dataset, dcmread
 
 from services.ingest.answers import Instance
 from services.ingest.datasets import BlankRule, Deidentification
@@ -12,6 +12,8 @@ from services.ingest.deidentification.pixels import blank, burned_in_suspected, 
 from services.ingest.reading import noted_in, part_10, text_of
 from shared.dicom import SHA_LENGTH
 from shared.errors import Unprocessable
+
+PIXEL_MODULE = ("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
 
 
 def protect(instance: Instance, body: bytes, rules: Deidentification, secret: str) -> tuple[Instance, bytes]:
@@ -30,6 +32,7 @@ def protect(instance: Instance, body: bytes, rules: Deidentification, secret: st
         raise Unprocessable("cannot_deidentify")
     cleaned = screen(dataset, rules.blank)
     try:
+        _respell(dataset)
         clear_unused_bits(dataset)
         deidentify(dataset, rules.options, secret, pixels_cleaned=cleaned)
         sop_instance_uid = text_of(dataset, "SOPInstanceUID")
@@ -43,13 +46,24 @@ def protect(instance: Instance, body: bytes, rules: Deidentification, secret: st
     return Instance(study_uid, series_uid, sop_instance_uid, sha, instance.warnings, instance.decoder), stored
 
 
+def _respell(dataset: Dataset) -> None:
+    """Write the numbers that pixels are read by as the standard has them: what does not fit its VR is not kept."""
+    for keyword in PIXEL_MODULE:
+        if keyword in dataset and dataset[keyword].VR != "US":
+            dataset[keyword] = DataElement(dataset[keyword].tag, "US", int(dataset[keyword].value))
+
+
 def screen(dataset: Dataset, rules: Sequence[BlankRule]) -> bool:
     """Blank the regions of the rules that apply, and tell whether one did.
 
     Raises:
-        Unprocessable: `burned_in_suspected`: the picture may show who the patient is, and no rule says where.
+        Unprocessable: `burned_in_suspected`: the picture may show who the patient is, and no rule says where; or one
+            does for pictures of another size.
     """
-    regions = [region for rule in rules if rule.applies(dataset) for region in rule.regions]
+    applying = [rule for rule in rules if rule.applies(dataset)]
+    if not all(rule.fits(dataset) for rule in applying):
+        raise Unprocessable("burned_in_suspected")
+    regions = [region for rule in applying for region in rule.regions]
     try:
         if regions:
             blank(dataset, regions)
@@ -62,8 +76,9 @@ def screen(dataset: Dataset, rules: Sequence[BlankRule]) -> bool:
 
 def is_clean(header: Dataset, rules: Sequence[BlankRule]) -> bool:
     """Tell whether `screen` would let the picture pass."""
-    if any(rule.applies(header) for rule in rules):
-        return int(header.BitsAllocated) % 8 == 0
+    applying = [rule for rule in rules if rule.applies(header)]
+    if applying:
+        return int(header.BitsAllocated) % 8 == 0 and all(rule.fits(header) for rule in applying)
     return not burned_in_suspected(header)
 
 

@@ -47,11 +47,14 @@ from typing import Any
 
 from pydicom import DataElement, Dataset
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, repeater_has_tag
+from pydicom.dataelem import RawDataElement
 from pydicom.sequence import Sequence
 from pydicom.sr.codedict import codes
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
+STANDARD_ROOT = "1.2.840.10008."
+"""Of the UIDs that PS3.6 Annex A registers, of which a library knows those of its time."""
 METHOD = "DICOM PS3.15 Annex E, basic profile (radqueue)"
 PSEUDONYM_LENGTH = 16
 LONGEST_SHIFT_DAYS = 3650
@@ -86,13 +89,19 @@ FORMATS = {
 """What a value may be where that leaves no room for a text: PS3.5 section 6.2, and what was before. No ranges."""
 _DATE = re.compile(r"\d{8}")
 _WORD = re.compile(r"[234][dD]\b|[^\W\d]\w*|\d+(?:\.\d+)?")
+_OF_A_KIND = re.compile("(Class|Context|Resource|Scheme|Syntax)UID$")
+"""Keywords of UIDs that name a kind of thing, never one thing."""
 _PART = re.compile(r"[^\W\d]+|\d+")
 IDENTITY = {"SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"}
 """UIDs under which an instance is stored: it must have them."""
-IDENTIFIERS = {"PatientID", "OtherPatientIDs", "MedicalRecordLocator", "AccessionNumber", "AdmissionID"}
+IDENTIFIERS = {
+    *("PatientID", "OtherPatientIDs", "MedicalRecordLocator", "AccessionNumber", "AdmissionID", "StudyID"),
+    *("RequestedProcedureID", "ScheduledProcedureStepID", "PerformedProcedureStepID"),
+    *("PlacerOrderNumberImagingServiceRequest", "FillerOrderNumberImagingServiceRequest"),
+}
 """What names the patient or the examination beside persons' names: no part of it stays in a description."""
-MONTHS = {"ago", "may", "set"}
-"""Words of the vocabulary that are months in some language too, and would let "12 May 58" pass."""
+OF_DATES = {"ago", "lip", "may", "out", "set", "tra", "de", "du", "nd", "of", "rd", "st", "th", "the"}
+"""Words of the vocabulary that are months in some language, or stand in dates: "12th of May 58" would pass by them."""
 HERE = Path(__file__).parent
 
 
@@ -180,6 +189,8 @@ class _Cleaner:
                 del dataset[tag]
                 continue
             try:
+                if tag.is_private:
+                    _read_as(vrs[0], tag, dataset)
                 element = dataset[tag]
                 cleaned = self._cleaned(element, vrs)
             except Exception:  # noqa: BLE001 - pydicom raises what the value makes it raise
@@ -206,7 +217,7 @@ class _Cleaner:
             for item in element.value:
                 self.clean(item)
         if element.VR == "UI" and Option.RETAIN_UIDS not in self.options:
-            return DataElement(element.tag, "UI", self._keyed_uids(element.value))
+            return DataElement(element.tag, "UI", self._keyed_uids(element))
         return element
 
     def _action(self, element: DataElement, vrs: Collection[str]) -> str:
@@ -223,15 +234,19 @@ class _Cleaner:
         if element.keyword in {"PatientID", "PatientName"}:
             return pseudonym(self.patient, self.secret)
         if element.VR == "UI":  # not even empty: what refers to it must go on doing so
-            return self._keyed_uids(element.value)
+            return self._keyed_uids(element)
         if element.VR == "SQ":
             return Sequence()
         return None if empty else DUMMIES.get(element.VR)
 
-    def _keyed_uids(self, value: Any) -> list[str]:
-        uids = [value] if isinstance(value, str) else list(value or [])
-        # Those that PS3.6 Annex A registers have a type; anybody can make others below DICOM's root.
-        return [uid if not uid or UID(uid).type else keyed_uid(uid, self.secret) for uid in uids]
+    def _keyed_uids(self, element: DataElement) -> list[str]:
+        uids = [element.value] if isinstance(element.value, str) else list(element.value or [])
+        of_a_kind = _OF_A_KIND.search(element.keyword) is not None
+
+        def is_dicom_own(uid: str) -> bool:  # anybody can make others below its root, for instances too
+            return bool(UID(uid).type) or (of_a_kind and uid.startswith(STANDARD_ROOT))
+
+        return [uid if not uid or is_dicom_own(uid) else keyed_uid(uid, self.secret) for uid in uids]
 
     def _with_clean_value(self, element: DataElement) -> DataElement | None:
         if element.VR == "SQ":
@@ -244,7 +259,8 @@ class _Cleaner:
         if element.VR == "TM":  # whole days are shifted, so times of day stay
             return element
         if element.VR in TEXTS:
-            return DataElement(element.tag, element.VR, self._harmless(" ".join(str(value or "") for value in values)))
+            harmless = [self._harmless(str(value or ""), numbers=len(values) == 1) for value in values]
+            return DataElement(element.tag, element.VR, harmless)
         return None
 
     def _shifted(self, text: str) -> str:
@@ -255,17 +271,18 @@ class _Cleaner:
         then = date(int(text[:4]), int(text[4:6]), int(text[6:8])) - timedelta(days=days)
         return f"{then:%Y%m%d}{text[8:]}"
 
-    def _harmless(self, text: str) -> str:
+    def _harmless(self, text: str, *, numbers: bool) -> str:
         """Keep the words that are vocabulary and no name of this data set, and short numbers that stand alone.
 
-        Numbers without a word that stays between them all go: they may be a date of birth or a telephone number.
+        Numbers without a word that stays between them all go: they may be a date of birth or a telephone number. So
+        may those of several values be, which are asked for without `numbers`.
         """
         found = (word for word in _WORD.findall(text) if _is_number(word) or self._is_harmless(word))
         kept: list[str] = []
         for of_numbers, run in itertools.groupby(found, key=_is_number):
             words = list(run)
             alone = len(words) == 1 and len(words[0]) <= LONGEST_NUMBER and words[0] not in self.names
-            kept += words if alone or not of_numbers else []
+            kept += words if (alone and numbers) or not of_numbers else []
         return " ".join(kept)
 
     def _is_harmless(self, word: str) -> bool:
@@ -288,6 +305,14 @@ def _safe_private_in(dataset: Dataset) -> dict[BaseTag, tuple[str]]:
         if vr:
             kept |= {tag: (vr,), creator_tag: ("LO",)}
     return kept
+
+
+def _read_as(vr: str, tag: BaseTag, dataset: Dataset) -> None:
+    """Read an element by its VR in the list where it has none: implicit encodings do not tell that of a private one."""
+    element = dataset[tag]
+    if element.VR == "UN":  # a sequence that became one is in implicit VR (PS3.5 section 6.2.2)
+        told = {"is_implicit_VR": vr == "SQ", "is_little_endian": True}
+        dataset[tag] = RawDataElement(tag, vr, len(element.value), element.value, 0, **told)
 
 
 def _dictionary_vrs(tag: BaseTag) -> list[str]:
@@ -366,4 +391,4 @@ def _vocabulary() -> frozenset[str]:
     terms = [*codes.DCM.dir(), *codes.SCT.dir()]
     words = {word.lower() for term in terms for word in re.findall(r"[A-Z]?[a-z]+", term)}
     protocol_words = (HERE / "protocol_words.txt").read_text("ascii").split()
-    return (frozenset(word for word in words if len(word) > 1) | set(protocol_words)) - MONTHS
+    return (frozenset(word for word in words if len(word) > 1) | set(protocol_words)) - OF_DATES
