@@ -271,8 +271,11 @@ class Journey:
         ]
         for instance in missing:
             rejection = self._rejection(instance.object_sha256, instance.upload_sha256)
-            if rejection is None and instance.upload_sha256 != instance.object_sha256:
+            if rejection is None and instance.member is not None:
                 rejection = self._rejection(instance.upload_sha256, instance.upload_sha256)
+                # Of an archive from which members were withheld, the others are taken.
+                if rejection is not None and rejection.place.startswith("#"):
+                    rejection = rejection if f"#{instance.member}:" in rejection.place else None
             if rejection is None:
                 return  # the others are probably on their way too, and are looked for next time
             series.rejections.append(rejection)

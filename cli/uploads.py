@@ -7,6 +7,7 @@ file is the same object, and no two files meet.
 import contextlib
 import hashlib
 import io
+import os
 import re
 import tarfile
 import zipfile
@@ -56,6 +57,8 @@ class Instance:
     object_sha256: str
     upload_sha256: str
     """Of the archive, for a member."""
+    member: int | None = None
+    """Its number in the archive, as ingest counts."""
 
 
 def collect(paths: Sequence[Path], dataset: str) -> list[Upload]:
@@ -89,9 +92,9 @@ def instances(upload: Upload) -> tuple[list[Instance], set[str]]:
     """Read the headers of what is in an upload: the instances, and the hashes of what is none and may be refused."""
     silence()
     found, others = [], {upload.sha256}
-    for body in _bodies(upload.path):
+    for member, body in _bodies(upload.path):
         object_sha256 = hashlib.sha256(body).hexdigest()
-        instance = _instance(body, object_sha256, upload.sha256)
+        instance = _instance(body, object_sha256, upload.sha256, member)
         if instance is None:
             others.add(object_sha256)
         else:
@@ -102,7 +105,8 @@ def instances(upload: Upload) -> tuple[list[Instance], set[str]]:
 def files(given: Path) -> Iterator[Path]:
     """Yield a file, or the files in a folder and below; hidden ones and markers are left out."""
     if given.is_dir():
-        for path in sorted(given.rglob("*")):
+        found = (Path(folder, name) for folder, _, names in os.walk(given, onerror=_unreadable) for name in names)
+        for path in sorted(found):
             hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
             if path.is_file() and not hidden and path.name != MARKER:
                 yield path
@@ -110,6 +114,10 @@ def files(given: Path) -> Iterator[Path]:
         yield given
     else:
         raise Refused(f"{given} does not exist")
+
+
+def _unreadable(error: OSError) -> None:
+    raise Refused(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _sha256(path: Path) -> str:
@@ -125,8 +133,8 @@ def _suffix(path: Path) -> str:
     return suffix if re.fullmatch(r"\.[a-z]{1,5}", suffix) else ""
 
 
-def _bodies(path: Path) -> Iterator[bytes]:
-    """Yield the file's content, or that of each member of a zip or a tar that can be read."""
+def _bodies(path: Path) -> Iterator[tuple[int | None, bytes]]:
+    """Yield the file's content, or that of each member of a zip or a tar that can be read, and its number."""
     with path.open("rb") as file:
         head = file.read(TAR_MAGIC_AT + len(TAR_MAGIC))
     is_dicom = head[:PREAMBLE_BYTES].endswith(DICOM_MAGIC)
@@ -135,25 +143,25 @@ def _bodies(path: Path) -> Iterator[bytes]:
     elif head.startswith(GZIP_MAGIC) or (head[TAR_MAGIC_AT:] == TAR_MAGIC and not is_dicom):
         yield from _untarred(path)
     else:
-        yield path.read_bytes()
+        yield None, path.read_bytes()
 
 
 # Encrypted, damaged, of an unknown method: ingest says which, here nothing is expected of it.
-def _unzipped(path: Path) -> Iterator[bytes]:
+def _unzipped(path: Path) -> Iterator[tuple[int, bytes]]:
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
+        for number, entry in enumerate(entry for entry in archive.infolist() if not entry.is_dir()):
             with contextlib.suppress(Exception):
-                yield archive.read(entry)
+                yield number, archive.read(entry)
 
 
-def _untarred(path: Path) -> Iterator[bytes]:
+def _untarred(path: Path) -> Iterator[tuple[int, bytes]]:
     with contextlib.suppress(Exception), tarfile.open(path) as archive:
-        for entry in archive:
+        for number, entry in enumerate(archive):
             if entry.isfile() and (stream := archive.extractfile(entry)) is not None:
-                yield stream.read()
+                yield number, stream.read()
 
 
-def _instance(body: bytes, object_sha256: str, upload_sha256: str) -> Instance | None:
+def _instance(body: bytes, object_sha256: str, upload_sha256: str, member: int | None) -> Instance | None:
     from pydicom import dcmread  # noqa: PLC0415 - only whoever waits for results needs it
 
     from services.ingest.reading import looks_like_dicom  # noqa: PLC0415
@@ -172,4 +180,4 @@ def _instance(body: bytes, object_sha256: str, upload_sha256: str) -> Instance |
     sha = None
     if body[:PREAMBLE_BYTES].endswith(DICOM_MAGIC) and isinstance(group_length, int):
         sha = sha_of(body[PREAMBLE_BYTES + GROUP_LENGTH_BYTES + group_length :])
-    return Instance(uids[0], uids[1], uids[2], sha, modality, object_sha256, upload_sha256)
+    return Instance(uids[0], uids[1], uids[2], sha, modality, object_sha256, upload_sha256, member)

@@ -302,6 +302,26 @@ def test_of_two_files_under_one_uid_the_one_that_is_taken_is_followed(client, bu
     assert [one.path for one in journey.all_rejections] == [cut.path]
 
 
+def test_a_withheld_member_ends_only_what_it_was(client, bucket, tmp_path):
+    """Ingest refuses an archive for it before the others are stored; those are on their way nevertheless."""
+    folder = write_ct_series(tmp_path / "ct", slices=3, size=16, patient=Patient("PHANTOM^X", tmp_path.name))
+    with zipfile.ZipFile(tmp_path / "study.zip", "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.write(path, path.name)
+    (upload,) = collect([tmp_path / "study.zip"], "d")
+    found, _ = instances(upload)
+    journey = Journey(client, [upload])
+    told = {"dataset": "d", "upload_key_sha256": "0", "time": "2026-01-01T00:00:00+00:00"}
+    reason = {"reason_code": "zip_unsupported", "place": "#1:zip_unsupported", **told}
+    bucket.put(f"quarantine/{upload.sha256}/reason.json", reason)
+    early = stage(journey)
+    bucket.put(f"{bucket.settle([found[0], found[2]])}routing.json", {"maps": []})
+    stage(journey)
+
+    assert early == "uploaded"
+    assert [(series.stage, series.n_instances) for series in journey.series] == [("skipped", 2)]
+
+
 def test_a_series_that_waits_for_long_tells_where_to_look(client, uploaded, monkeypatch):
     """A dataset that is de-identified as it is stored cannot be followed, which is said long before time is up."""
     journey = Journey(client, uploaded[0])
