@@ -34,10 +34,10 @@ ENCRYPTED = 0x1
 UNIX_SYSTEMS, UNIX_MODE_BITS = {3, 19}, 16
 """A zip made on Unix, or on OS X, has a file's mode in the upper half of its attributes."""
 DOS_FOLDER = 0x10
-"""In the lower half; the name of a folder may lack its slash."""
+"""In the lower half."""
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 JUNK_FOLDERS = {"__MACOSX"}
-JUNK_NAMES = {"DICOMDIR", ".DS_STORE", "THUMBS.DB", "DESKTOP.INI", "VERSION", "LOCKFILE"}
+JUNK_NAMES = {"DICOMDIR", "ICON\r", ".DS_STORE", "THUMBS.DB", "DESKTOP.INI", "VERSION", "LOCKFILE"}
 JUNK_TEXTS = {".txt", ".md", ".html", ".htm", ".xml", ".json", ".pdf", ".rtf", ".doc", ".docx", ".csv", ".log", ".chm"}
 JUNK_PICTURES = {".jpg", ".jpeg", ".png", ".gif", ".ico", ".css"}
 JUNK_PROGRAMS = {".exe", ".dll", ".bat", ".jar", ".js", ".inf", ".ini"}
@@ -135,7 +135,7 @@ def _unzip_member(
     """Write one member to `path`; return what became of it, and how many bytes it took of those that are left."""
     number = int(path.name)
     name = PurePosixPath(entry.filename.replace("\\", "/"))
-    if (entry.file_size == 0 and entry.external_attr & DOS_FOLDER) or JUNK_FOLDERS & set(name.parts):
+    if _is_folder(entry) or JUNK_FOLDERS & set(name.parts):
         return Member(number), 0
     refusal = _refusal(entry)
     if refusal is not None:
@@ -155,10 +155,19 @@ def _unzip_member(
     return _sorted_out(Member(number, str(path)), path, name), written
 
 
+def _mode(entry: zipfile.ZipInfo) -> int:
+    return entry.external_attr >> UNIX_MODE_BITS if entry.create_system in UNIX_SYSTEMS else 0
+
+
+def _is_folder(entry: zipfile.ZipInfo) -> bool:
+    """Tell of an entry whose name lacks the slash of a folder, as some writers leave it out."""
+    said = entry.external_attr & DOS_FOLDER or stat.S_ISDIR(_mode(entry)) or entry.filename.endswith("\\")
+    return entry.file_size == 0 and bool(said)
+
+
 def _refusal(entry: zipfile.ZipInfo) -> str | None:
     """Return why a member is not even opened."""
-    mode = entry.external_attr >> UNIX_MODE_BITS if entry.create_system in UNIX_SYSTEMS else 0
-    if stat.S_IFMT(mode) not in {0, stat.S_IFREG}:
+    if stat.S_IFMT(_mode(entry)) not in {0, stat.S_IFREG}:
         return "zip_link"
     if entry.flag_bits & ENCRYPTED:
         return "zip_encrypted"

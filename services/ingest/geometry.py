@@ -4,9 +4,8 @@ Positions and directions are in the patient coordinate system, mm (PS3.3 C.7.6.2
 they tell completeness in a quarter of real series.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,22 +176,21 @@ def _stacks(slices: Sequence[Slice], directions: Sequence[Sequence[int]]) -> lis
     return sorted(stacks.values(), key=len, reverse=True)
 
 
-def _spacings(slices: Sequence[Slice]) -> list[tuple[float, float] | None]:
-    """Return the PixelSpacing of each slice, or in its place an earlier one that differs by no more than rounding."""
-    known: list[tuple[float, float] | None] = []
-    found = []
-    for item in slices:
-        spacing = next((one for one in known if _is_same(one, item.pixel_spacing)), item.pixel_spacing)
-        if spacing not in known:
-            known.append(spacing)
-        found.append(spacing)
-    return found
+def _spacings(slices: Sequence[Slice]) -> list[tuple[float, ...] | None]:
+    """Return the PixelSpacing of each slice; those that differ by no more than rounding are one."""
+    given = [item.pixel_spacing for item in slices]
+    known = _merged(value for spacing in given for value in spacing or ())
+    return [spacing and tuple(known[value] for value in spacing) for spacing in given]
 
 
-def _is_same(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return all(math.isclose(a, b, rel_tol=SPACING_SHARE) for a, b in zip(one, other, strict=True))
+def _merged(values: Iterable[float]) -> dict[float, float]:
+    """Return for each value the least of those that are the same."""
+    known: dict[float, float] = {}
+    least = 0.0
+    for value in sorted(set(values)):
+        least = least if value <= least * (1 + SPACING_SHARE) else value
+        known[value] = least
+    return known
 
 
 def _mixed(slices: Sequence[Slice], directions: Sequence[Sequence[int]]) -> set[str]:

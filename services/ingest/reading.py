@@ -42,6 +42,8 @@ MAGIC = b"DICM"
 UNDEFINED = 0xFFFFFFFF
 FIRST_TAG = 0x00080000
 """Of a data set; groups before it are of the file, or of messages."""
+HEADER_BYTES = 8
+"""Of an element, at least."""
 PIXEL_DATA = 0x7FE00010
 NATIVE = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian}
 OF_THE_WRAPPING = {"preamble_missing", "meta_missing", "meta_mismatch", "charset_unknown"}
@@ -208,8 +210,6 @@ def _parse(body: bytes, syntax: str, notes: set[str]) -> tuple[Dataset, bool]:
         for element in data_element_generator(stream, implicit, little):
             in_order, last = in_order and last < element.tag and element.tag.element != 0, element.tag
             if element.tag.group == 0:  # nothing of the kind belongs into a file: zeros behind the data set
-                _check_padding(body[end:])
-                notes.add("trailing_bytes")
                 break
             end = stream.tell()
             _check_length(element, body, end, delimiter)
@@ -222,18 +222,23 @@ def _parse(body: bytes, syntax: str, notes: set[str]) -> tuple[Dataset, bool]:
         raise
     except Exception:  # noqa: BLE001 - pydicom raises what the bytes make it raise
         raise Unprocessable("unreadable") from None
-    # Less than an element's header is read over at the end of the file.
-    if not elements or (end < len(body) and "trailing_bytes" not in notes):
+    if not elements:
         raise Unprocessable("truncated")
+    if end < len(body):
+        _check_padding(body[end:])
+        notes.add("trailing_bytes")
     dataset = Dataset(elements)
     dataset.set_original_encoding(implicit, little, _character_set(dataset, notes))
     return dataset, in_order
 
 
 def _check_padding(left: bytes) -> None:
-    """Refuse what stands behind a data set and is more than padding: the preamble of another file is zeros as well."""
+    """Refuse what stands behind a data set and is more than padding: the preamble of another file is zeros as well.
+
+    What is shorter than an element's header is the beginning of one.
+    """
     if left.strip(b"\0"):
-        raise Unprocessable("unreadable", "bytes behind the data set")
+        raise Unprocessable("truncated" if len(left) < HEADER_BYTES else "unreadable", "bytes behind the data set")
 
 
 def _spelled_so(body: bytes, uids: dict[str, str]) -> bool:
@@ -537,8 +542,8 @@ def _decompress(
     """Replace encapsulated pixel data by native, and say in the header what decoding changed (PS3.5 section 8.2)."""
     expected, n_frames = told
     pixels, first, lossy, needed_bits = bytearray(), None, False, 0
-    if n_frames == 1 and any(frames.is_frame(later, syntax, expected) for later in _fragments(encapsulated)[1:]):
-        raise Unprocessable("frame_count")
+    if n_frames == 1:
+        _check_single(_fragments(encapsulated), syntax, expected)
     for n_decoded, codestream in enumerate(_codestreams(encapsulated, n_frames)):
         if n_decoded == n_frames:
             raise Unprocessable("frame_count")
@@ -596,6 +601,14 @@ def _codestreams(encapsulated: bytes, n_frames: int) -> Iterator[bytes]:
         yield from generate_frames(encapsulated, number_of_frames=n_frames)
     except (ValueError, EOFError, struct.error):  # fragments that are none
         raise Unprocessable("frame_damaged") from None
+
+
+def _check_single(fragments: list[bytes], syntax: str, expected: frames.Expected) -> None:
+    """Refuse fragments of more than one frame: what goes before one that begins a frame is whole without it."""
+    for n_before, fragment in enumerate(fragments):
+        before = b"".join(fragments[:n_before])
+        if frames.is_frame(fragment, syntax, expected) and frames.is_frame(before, syntax, expected):
+            raise Unprocessable("frame_count")
 
 
 def _fragments(encapsulated: bytes) -> list[bytes]:

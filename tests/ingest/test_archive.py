@@ -225,6 +225,22 @@ def test_an_empty_file_beside_images_is_told(unpacked, maker, make_part_10, make
         assert [member.path is not None for member in members] == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("name", "create_system", "external_attr"),
+    [("d\\", 0, 0), ("d", 0, 0x10), ("d", 3, (stat.S_IFDIR | 0o755) << 16), ("Icon\r", 3, 0)],
+)
+def test_a_folder_that_lacks_its_slash_is_passed_over(unpacked, name, create_system, external_attr):
+    """Writers of zips tell folders in several ways."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        entry = zipfile.ZipInfo(name)
+        entry.create_system, entry.external_attr = create_system, external_attr
+        archive.writestr(entry, b"")
+    ((member,), _) = unpacked(file.getvalue())
+
+    assert (member.path, member.reason_code) == (None, None)
+
+
 def test_a_document_that_is_a_zip_inside_is_junk(unpacked, make_zip):
     """Viewers and manuals lie beside the images of a disc."""
     inner = make_zip({"a": b"text"})

@@ -121,6 +121,17 @@ def test_a_frame_in_several_fragments_is_one(maker, make_part_10):
     assert warnings == ()
 
 
+def test_the_boxes_of_a_jp2_file_may_be_a_fragment_of_their_own(maker, make_part_10):
+    """What goes before a fragment that begins like a frame is a frame only where it is whole."""
+    image = np.random.default_rng(2).integers(0, 4096, (16, 16)).astype("<u2")
+    coded = imagecodecs.jpeg2k_encode(image, reversible=True, codecformat="jp2")
+    at = coded.index(b"\xff\x4f\xff\x51")
+    at -= at % 2
+    dataset, _ = stored(make_part_10(_encapsulated(maker, [coded[:at], coded[at:]], has_offsets=False), J2K))
+
+    assert np.array_equal(dataset.pixel_array, image)
+
+
 @pytest.mark.parametrize("syntax", [RLE, DEFLATED, NATIVE_FRAMES])
 def test_cells_that_begin_at_a_higher_bit_are_moved(maker, make_part_10, syntax):
     """These syntaxes code whole cells, so HighBit means what it means in native pixel data."""

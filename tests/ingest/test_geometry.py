@@ -108,6 +108,16 @@ def test_spacing_that_was_rounded_differently_is_one(one, other):
     assert (geometry.verdict, geometry.n_in_stack, warnings) == ("regular", 4, [])
 
 
+def test_spacing_that_changes_step_by_step_is_told_whatever_the_order():
+    """Which slices are one stack does not depend on the order they came in."""
+    slices = [
+        replace(one, pixel_spacing=(0.7 * 1.0009 ** (number // 7),) * 2) for number, one in enumerate(stack(range(21)))
+    ]
+    verdicts = [survey(slices[turn:] + slices[:turn])[0] for turn in range(21)]
+
+    assert {(one.verdict, one.n_stacks, one.n_in_stack) for one in verdicts} == {("mixed", 2, 14)}
+
+
 def test_distances_are_along_a_normal_of_length_one():
     """Directions that are not quite at right angles, as rounding leaves them, shorten no distance."""
     slices = [replace(one, orientation=(1, 0, 0, 0.1, 0.995, 0)) for one in stack([0, 5, 10])]

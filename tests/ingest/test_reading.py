@@ -203,6 +203,23 @@ def test_zeros_behind_the_data_set_are_dropped(maker, make_part_10):
     assert found.warnings == ("trailing_bytes",)
 
 
+@pytest.mark.parametrize("n_bytes", [1, 4, 7, 8, 130])
+def test_padding_of_any_length_is_padding(maker, make_part_10, n_bytes):
+    """Less than an element's header is no different from more."""
+    found, _ = normalise(make_part_10(maker.ct()) + bytes(n_bytes), CAPS)
+
+    assert found.warnings == ("trailing_bytes",)
+
+
+@pytest.mark.parametrize("value", [None, [5]])
+def test_a_table_that_is_not_described_costs_no_image(maker, make_part_10, value):
+    """A descriptor that is empty, or of another count, is stored as it is."""
+    dataset = maker.ct(PixelRepresentation=1)
+    dataset.add_new("RedPaletteColorLookupTableDescriptor", "SS", value)
+
+    assert normalise(make_part_10(dataset, ImplicitVRLittleEndian), CAPS)[0].warnings == ()
+
+
 def test_a_second_file_behind_the_data_set_is_refused(maker, make_part_10):
     """It begins with zeros, and is no padding: its instance would be lost without a word."""
     assert refusal(make_part_10(maker.ct(0)) + make_part_10(maker.ct(1))) == "unreadable"
