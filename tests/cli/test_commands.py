@@ -36,6 +36,15 @@ def client(local_aws):
     return Client(local_aws.environ)
 
 
+def test_a_bucket_that_is_not_there_is_told(local_aws, tmp_path):
+    """An upload says what to set, like every other command."""
+    folder = write_ct_series(tmp_path / "ct", slices=1, size=16)
+    told = CliRunner(env=local_aws.environ | {"RADQUEUE_BUCKET": "no-such-bucket"}).invoke(app, ["upload", str(folder)])
+
+    assert told.exit_code == 1
+    assert "has no bucket no-such-bucket: set RADQUEUE_BUCKET" in told.output
+
+
 @pytest.fixture
 def received(local_aws):
     """Take what is in a queue."""

@@ -3,11 +3,13 @@
 import gzip
 import hashlib
 import io
+import os
 import tarfile
 
 import pytest
 
 from cli import uploads
+from cli.client import Refused
 
 
 def tar_of(members, mode):
@@ -42,6 +44,27 @@ def test_the_instances_of_a_tar_are_those_of_its_files(dicom_bytes, tmp_path, mo
     assert len(found) == 2
     assert {one.upload_sha256 for one in found} == {sent.sha256}
     assert {sent.sha256, hashlib.sha256(b"hello").hexdigest()} <= others
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    """Images that nobody may see are not passed over; a marker and what is hidden are."""
+    for name in ("a", ".hidden", "_COMPLETE"):
+        (tmp_path / name).write_bytes(b"x")
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def may_not(path):
+        if path == str(closed):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    found = list(uploads.files(tmp_path))
+    monkeypatch.setattr(os, "scandir", may_not)
+
+    assert found == [tmp_path / "a"]
+    with pytest.raises(Refused, match="closed: Permission denied"):
+        list(uploads.files(tmp_path))
 
 
 @pytest.mark.parametrize("cut", [600, -3000])

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from pydicom import Dataset, dcmread
+from pydicom import DataElement, Dataset, dcmread
 from pydicom.data import get_testdata_file
 from pydicom.sequence import Sequence
 
@@ -157,6 +157,16 @@ def test_bits_beside_the_values_are_not_stored(maker):
     _, body = protect(*normalise(part_10(dataset), Caps(1 << 24, 1 << 24)), Deidentification(studies=True), SECRET)
 
     assert dcmread(io.BytesIO(body)).PixelData == values
+
+
+@pytest.mark.parametrize("vr", ["UL", "SS", "IS"])
+def test_what_pixels_are_read_by_stays_whatever_its_vr(maker, vr):
+    """A writer that gives Rows another VR means the same number, and the image can be read afterwards."""
+    dataset = maker.ct()
+    dataset["Rows"] = DataElement(dataset["Rows"].tag, vr, 16)
+    _, body = protect(*normalise(part_10(dataset), Caps(1 << 24, 1 << 24)), Deidentification(studies=True), SECRET)
+
+    assert dcmread(io.BytesIO(body)).pixel_array.shape == (16, 16)
 
 
 async def test_two_uploads_of_one_study_stay_together(bench, maker):
