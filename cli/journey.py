@@ -273,9 +273,8 @@ class Journey:
             rejection = self._rejection(instance.object_sha256, instance.upload_sha256)
             if rejection is None and instance.member is not None:
                 rejection = self._rejection(instance.upload_sha256, instance.upload_sha256)
-                # Of an archive from which members were withheld, the others are taken.
-                if rejection is not None and rejection.place.startswith("#"):
-                    rejection = rejection if f"#{instance.member}:" in rejection.place else None
+                if rejection is not None and not _is_about(rejection, instance.member):
+                    rejection = None
             if rejection is None:
                 return  # the others are probably on their way too, and are looked for next time
             series.rejections.append(rejection)
@@ -375,6 +374,12 @@ def outcome_of(client: Client, key: str) -> dict[str, Any]:
     why, remedy = explained(record["reason_code"])
     more = {"log_key": log, "log": client.url(log) if log is not None else None}
     return record | {"outcome": "failed", "why": why, "remedy": remedy, **more}
+
+
+def _is_about(rejection: Rejection, member: int) -> bool:
+    """Tell whether an archive's refusal is about a member: the others are taken; of very many only some are named."""
+    withheld = rejection.place.startswith("#")
+    return not withheld or f"#{member}:" in rejection.place or rejection.place.endswith("…")
 
 
 def _under(keys: Iterable[str], start: str, ending: str) -> str | None:

@@ -14,7 +14,7 @@ LOSSLESS_FRAMES = {0xC3, 0xC7, 0xCB, 0xCF}
 START_OF_FRAME = {*range(0xC0, 0xD0), JPEG_LS_FRAME} - {0xC4, 0xC8, 0xCC}
 """ISO 10918-1 table B.1 without DHT, JPG and DAC."""
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
-END_OF_IMAGE = b"\xff\xd9"
+START_OF_IMAGE, END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
 SIZ = b"\xff\x4f\xff\x51"
 """Start of codestream and its size marker (ISO 15444-1 A.5.1)."""
 COD = 0xFF52

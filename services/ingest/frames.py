@@ -72,6 +72,8 @@ class Codec:
     """Reads the size; None where the bytes have none, and their number is bounded by what the data set says."""
     method: str = ""
     """LossyImageCompressionMethod (PS3.3 C.7.6.1.1.5.1)."""
+    starts: tuple[bytes, ...] = ()
+    """Its first bytes; none where they are no mark."""
     bare: Callable[[bytes], bytes] = bytes
     """Takes the codestream out of what should not be around it."""
 
@@ -105,16 +107,22 @@ def decode(frame: bytes, transfer_syntax_uid: str, expected: Expected) -> Decode
     return Decoded(_fit(samples, header.precision, expected), header.precision, lossy, photometric)
 
 
-def is_frame(fragment: bytes, transfer_syntax_uid: str, expected: Expected) -> bool:
-    """Tell whether a fragment begins a frame of that size, rather than goes on with one."""
+def begins_frame(fragment: bytes, transfer_syntax_uid: str, expected: Expected) -> bool:
+    """Tell whether a fragment begins like a frame, rather than goes on with one."""
     codec = CODECS[transfer_syntax_uid]
     if codec.decode is _rle:  # its header: the number of segments, and the offset of the first (PS3.5 annex G.5)
         n_segments = expected.samples * max(expected.bits_allocated // 8, 1)
         return fragment[:8] == struct.pack("<2I", n_segments, RLE_HEADER_BYTES)
+    return fragment.startswith(codec.starts)
+
+
+def is_frame(frame: bytes, transfer_syntax_uid: str, expected: Expected) -> bool:
+    """Tell whether these bytes are a frame of that size, as far as its header and its end tell."""
+    codec = CODECS[transfer_syntax_uid]
     if codec.header is None:
-        return False
+        return begins_frame(frame, transfer_syntax_uid, expected)
     try:
-        header = codec.header(codec.bare(fragment))
+        header = codec.header(codec.bare(frame))
     except Damaged:
         return False
     return (header.rows, header.columns) == (expected.rows, expected.columns)
@@ -229,19 +237,36 @@ def _photometric(transfer_syntax_uid: str, before: str) -> str:
     return "YBR_FULL" if before == "YBR_FULL_422" else before
 
 
-_jpeg_codec = partial(Codec, decoder="imagecodecs (libjpeg-turbo)", header=codestreams.jpeg, method="ISO_10918_1")
+_jpeg_codec = partial(
+    Codec,
+    decoder="imagecodecs (libjpeg-turbo)",
+    header=codestreams.jpeg,
+    starts=(codestreams.START_OF_IMAGE,),
+    method="ISO_10918_1",
+)
 _jpeg_ls_codec = partial(
-    Codec, decoder="imagecodecs (CharLS)", decode=_jpeg_ls, header=codestreams.jpeg, method="ISO_14495_1"
+    Codec,
+    decoder="imagecodecs (CharLS)",
+    decode=_jpeg_ls,
+    header=codestreams.jpeg,
+    starts=(codestreams.START_OF_IMAGE,),
+    method="ISO_14495_1",
 )
 _jpeg_2000_codec = partial(
     Codec,
     decoder="imagecodecs (OpenJPEG)",
     decode=_jpeg_2000,
     header=codestreams.jpeg_2000,
+    starts=(codestreams.SIZ, codestreams.JP2),
     bare=codestreams.bare_jpeg_2000,
 )
 _jpeg_xl_codec = partial(
-    Codec, decoder="imagecodecs (libjxl)", decode=_jpeg_xl, header=codestreams.jpeg_xl, method="ISO_18181_1"
+    Codec,
+    decoder="imagecodecs (libjxl)",
+    decode=_jpeg_xl,
+    header=codestreams.jpeg_xl,
+    starts=(codestreams.JXL_CODESTREAM, codestreams.JXL),
+    method="ISO_18181_1",
 )
 
 CODECS = {

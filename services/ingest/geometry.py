@@ -176,11 +176,11 @@ def _stacks(slices: Sequence[Slice], directions: Sequence[Sequence[int]]) -> lis
     return sorted(stacks.values(), key=len, reverse=True)
 
 
-def _spacings(slices: Sequence[Slice]) -> list[tuple[float, ...] | None]:
+def _spacings(slices: Sequence[Slice]) -> list[tuple[float, float] | None]:
     """Return the PixelSpacing of each slice; those that differ by no more than rounding are one."""
     given = [item.pixel_spacing for item in slices]
-    known = _merged(value for spacing in given for value in spacing or ())
-    return [spacing and tuple(known[value] for value in spacing) for spacing in given]
+    rows, columns = (_merged(spacing[axis] for spacing in given if spacing) for axis in (0, 1))
+    return [spacing and (rows[spacing[0]], columns[spacing[1]]) for spacing in given]
 
 
 def _merged(values: Iterable[float]) -> dict[float, float]:

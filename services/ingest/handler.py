@@ -25,6 +25,8 @@ INCOMING = "incoming"
 DEFAULT_DATASET = "default"
 COMPLETE = "_COMPLETE"
 """Name of the object that says of its folder: nothing more comes."""
+MOST_NAMED = 20
+"""Members of an archive that its refusal names."""
 FILES_PER_DECODER = 4
 """Files that are taken at the same time: while one is decoded, others wait for S3. Each may hold 64 MiB in memory."""
 Announce = Callable[..., Awaitable[None]]
@@ -180,7 +182,8 @@ async def _take_members(
     unpacked = [Path(member.path) for member in members if member.path is not None]
     withheld = [member for member in members if member.reason_code is not None]
     if withheld:  # there are no bytes of theirs to keep: the archive itself goes into quarantine
-        place = " ".join(f"#{member.number}:{member.reason_code}" for member in withheld[:20])
+        named = [f"#{member.number}:{member.reason_code}" for member in withheld]
+        place = " ".join(named[:MOST_NAMED] + ["…"] * (len(named) > MOST_NAMED))
         await _reject(created, dataset, Rejected(withheld[0].reason_code or "", place), upload, ports)
     elif not unpacked:
         await _reject(created, dataset, Rejected("not_dicom"), upload, ports)

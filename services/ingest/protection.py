@@ -1,9 +1,11 @@
 """What of an instance may be kept where its dataset is de-identified: it with other UIDs and values, or nothing."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pydicom import DataElement, Dataset, dcmread
+from pydicom.datadict import dictionary_VR
 
 from services.ingest.answers import Instance
 from services.ingest.datasets import BlankRule, Deidentification
@@ -13,7 +15,19 @@ from services.ingest.reading import noted_in, part_10, text_of
 from shared.dicom import SHA_LENGTH
 from shared.errors import Unprocessable
 
-PIXEL_MODULE = ("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
+RESPELT = (
+    *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"),
+    *("PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
+)
+"""What pixels and geometry are read by."""
+SPELLINGS: dict[str, Callable[[Any], Any]] = {
+    "CS": lambda value: str(value).strip(),
+    "DS": lambda value: f"{float(value):.10g}",
+    "IS": lambda value: str(int(float(value))),
+    "US": int,
+}
+"""By VR, how a value becomes one; DS has no more than 16 characters."""
 
 
 def protect(instance: Instance, body: bytes, rules: Deidentification, secret: str) -> tuple[Instance, bytes]:
@@ -47,10 +61,12 @@ def protect(instance: Instance, body: bytes, rules: Deidentification, secret: st
 
 
 def _respell(dataset: Dataset) -> None:
-    """Write the numbers that pixels are read by as the standard has them: what does not fit its VR is not kept."""
-    for keyword in PIXEL_MODULE:
-        if keyword in dataset and dataset[keyword].VR != "US":
-            dataset[keyword] = DataElement(dataset[keyword].tag, "US", int(dataset[keyword].value))
+    """Write what pixels are read by with the VR that the standard has: what does not fit its VR is not kept."""
+    for keyword in filter(dataset.__contains__, RESPELT):
+        element, vr = dataset[keyword], dictionary_VR(keyword)
+        if vr != element.VR and not element.is_empty:
+            values = str(element.value).split("\\") if element.VM == 1 else element.value
+            dataset[keyword] = DataElement(element.tag, vr, [SPELLINGS[vr](value) for value in values])
 
 
 def screen(dataset: Dataset, rules: Sequence[BlankRule]) -> bool:

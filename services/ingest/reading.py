@@ -606,7 +606,7 @@ def _codestreams(encapsulated: bytes, n_frames: int) -> Iterator[bytes]:
 def _check_single(fragments: list[bytes], syntax: str, expected: frames.Expected) -> None:
     """Refuse fragments of more than one frame: what goes before one that begins a frame is whole without it."""
     for n_before, fragment in enumerate(fragments):
-        begins = frames.is_frame(fragment, syntax, expected)
+        begins = frames.begins_frame(fragment, syntax, expected)
         if begins and frames.is_frame(b"".join(fragments[:n_before]), syntax, expected):
             raise Unprocessable("frame_count")
 

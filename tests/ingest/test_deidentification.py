@@ -220,11 +220,14 @@ def test_a_safe_private_element_without_a_vr_is_read_by_that_of_the_list():
     dataset = dataset_of()
     header = dataset.private_block(0x0099, "NQHeader", create=True)
     header.add_new(0x01, "UN", b"1.2.3\0")
+    ultrasound = dataset.private_block(0x0119, "SIEMENS Ultrasound SC2000", create=True)
+    ultrasound.add_new(0x02, "UN", b"\xfe\xff\x00\xe0\x10\0\0\0\x08\0\x60\0CS\x02\0US\x10\0\x10\0PN\x04\0DOE ")
     dataset = dcmread(io.BytesIO(written(dataset)))
     deidentify(dataset, [Option.RETAIN_SAFE_PRIVATE], SECRET)
     kept = dataset.private_block(0x0099, "NQHeader")
 
     assert (kept[0x01].VR, kept[0x01].value) == ("UI", keyed_uid("1.2.3", SECRET))
+    assert ultrasound.get_tag(0x02) not in dataset
 
 
 def test_the_profile_reaches_into_safe_private_elements():

@@ -121,6 +121,22 @@ def test_a_frame_in_several_fragments_is_one(maker, make_part_10):
     assert warnings == ()
 
 
+@pytest.mark.parametrize("size", [40, 100])
+@pytest.mark.parametrize(
+    ("syntax", "encode"),
+    [one for one in CODECS_OF if one[0] in {J2K, JPEG_LS, LJPEG}] + [(JPEG, imagecodecs.jpeg8_encode)],
+)
+def test_frames_in_several_fragments_are_not_lost_either(maker, make_part_10, size, syntax, encode):
+    """Where nothing tells of a second frame its first bytes do, wherever it was cut."""
+    bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7} if syntax == JPEG else {}
+    images = np.random.default_rng(2).integers(0, 200, (2, 16, 16)).astype("u1" if bits else "<u2")
+    coded = [encode(image) for image in images]
+    parts = [one[at : at + size] for one in coded for at in range(0, len(one), size)]
+    whole = make_part_10(_encapsulated(maker, parts, has_offsets=False, **bits), J2K)
+
+    assert refusal(_renamed(whole, syntax)) == "frame_count"
+
+
 def test_the_boxes_of_a_jp2_file_may_be_a_fragment_of_their_own(maker, make_part_10):
     """What goes before a fragment that begins like a frame is a frame only where it is whole."""
     image = np.random.default_rng(2).integers(0, 4096, (16, 16)).astype("<u2")

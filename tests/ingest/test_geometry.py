@@ -97,12 +97,15 @@ def test_mixed_slices_are_split_into_stacks():
     assert sorted(order) == list(range(24))
 
 
-@pytest.mark.parametrize(("one", "other"), [(0.97655, 0.976549), (0.78125, 0.7813)])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [((0.97655, 0.97655), (0.976549, 0.976549)), ((0.78125,) * 2, (0.7813,) * 2), ((0.6995, 0.7), (0.6995, 0.7006))],
+)
 def test_spacing_that_was_rounded_differently_is_one(one, other):
     """Writers keep more digits or fewer; that splits no series."""
     slices = stack([0, 2, 4, 6])
     for index, spacing in enumerate([one, other] * 2):
-        slices[index] = replace(slices[index], pixel_spacing=(spacing, spacing))
+        slices[index] = replace(slices[index], pixel_spacing=spacing)
     geometry, _, warnings = survey(slices)
 
     assert (geometry.verdict, geometry.n_in_stack, warnings) == ("regular", 4, [])

@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from pydicom import DataElement, Dataset, dcmread
+from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
+from pydicom.datadict import dictionary_VR
 from pydicom.sequence import Sequence
 
 from services.ingest.datasets import Deidentification
@@ -159,14 +160,28 @@ def test_bits_beside_the_values_are_not_stored(maker):
     assert dcmread(io.BytesIO(body)).PixelData == values
 
 
-@pytest.mark.parametrize("vr", ["UL", "SS", "IS"])
-def test_what_pixels_are_read_by_stays_whatever_its_vr(maker, vr):
-    """A writer that gives Rows another VR means the same number, and the image can be read afterwards."""
+@pytest.mark.parametrize(
+    ("keyword", "vr", "value"),
+    [
+        *(("Rows", vr, 16) for vr in ("UL", "SS", "IS")),
+        ("PhotometricInterpretation", "LT", "MONOCHROME2"),
+        ("NumberOfFrames", "US", 1),
+        ("RescaleIntercept", "FD", -1024.5),
+        ("RescaleIntercept", "LO", "-1024.5"),
+        ("PixelSpacing", "FD", [0.5, 0.25]),
+        ("ImagePositionPatient", "LO", ["1", "2", "3.5"]),
+    ],
+)
+def test_what_pixels_are_read_by_stays_whatever_its_vr(maker, keyword, vr, value):
+    """A writer that gives a number another VR means the same, and the image is read by it afterwards."""
     dataset = maker.ct()
-    dataset["Rows"] = DataElement(dataset["Rows"].tag, vr, 16)
+    dataset.add_new(keyword, vr, value)
     _, body = protect(*normalise(part_10(dataset), Caps(1 << 24, 1 << 24)), Deidentification(studies=True), SECRET)
+    stored = dcmread(io.BytesIO(body))
 
-    assert dcmread(io.BytesIO(body)).pixel_array.shape == (16, 16)
+    assert stored.pixel_array.shape == (16, 16)
+    assert dictionary_VR(keyword) == stored[keyword].VR
+    assert str(stored[keyword].value) == str(value).replace("'", "")
 
 
 async def test_two_uploads_of_one_study_stay_together(bench, maker):

@@ -308,10 +308,13 @@ def _safe_private_in(dataset: Dataset) -> dict[BaseTag, tuple[str]]:
 
 
 def _read_as(vr: str, tag: BaseTag, dataset: Dataset) -> None:
-    """Read an element by its VR in the list where it has none: implicit encodings do not tell that of a private one."""
+    """Read an element by its VR in the list where it has none: implicit encodings do not tell that of a private one.
+
+    A sequence stays what it is, and goes: read in another encoding than its own, its values would hold its elements.
+    """
     element = dataset[tag]
-    if element.VR == "UN":  # a sequence that became one is in implicit VR (PS3.5 section 6.2.2)
-        told = {"is_implicit_VR": vr == "SQ", "is_little_endian": True}
+    if element.VR == "UN" and vr != "SQ":
+        told = {"is_implicit_VR": False, "is_little_endian": True}
         dataset[tag] = RawDataElement(tag, vr, len(element.value), element.value, 0, **told)
 
 
