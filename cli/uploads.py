@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.client import Client, Refused
-from shared.dicom import is_uid, sha_of, silence
+from shared.dicom import COMPLETE, is_uid, sha_of, silence
 
 CHUNK_BYTES = 1024 * 1024
-MARKER = "_COMPLETE"
-"""It says to ingest that a folder is whole; a key of ours is in no folder."""
 AT_ONCE = 4
 """Files that are uploaded at the same time."""
 ZIP_MAGIC, GZIP_MAGIC = b"PK\x03\x04", b"\x1f\x8b"
@@ -108,7 +106,7 @@ def files(given: Path) -> Iterator[Path]:
         found = (Path(folder, name) for folder, _, names in os.walk(given, onerror=_unreadable) for name in names)
         for path in sorted(found):
             hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
-            if path.is_file() and not hidden and path.name != MARKER:
+            if path.is_file() and not hidden and path.name != COMPLETE:  # a key of ours is in no folder
                 yield path
     elif given.exists():
         yield given

@@ -16,6 +16,8 @@ MAX_UID_LENGTH = 64
 """PS3.5 section 9.1."""
 SHA_LENGTH = 16
 DIGEST_LENGTH = 32
+COMPLETE = "_COMPLETE"
+"""Name of the object that says of its folder below `incoming/`: nothing more comes."""
 
 SERIES_ATTRIBUTES = (
     "Modality",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from shared.messages import Geometry, Verdict
 
 Vector = NDArray[np.float64]
+Spacing = tuple[float, float] | None
 
 SAME_POSITION_MM = 0.01
 PARALLEL_DEG = 0.1
@@ -86,8 +87,9 @@ def survey(slices: Sequence[Slice]) -> tuple[Geometry, list[int], list[str]]:
     if len(frames) < len(slices):
         frames = []
     directions = _parallel(slices, frames)
-    stacks = _stacks(slices, directions)
-    warnings = _mixed(slices, directions)
+    spacings = _spacings(slices)
+    stacks = _stacks(slices, directions, spacings)
+    warnings = _mixed(slices, directions, spacings)
     if _is_scout(directions, frames) or any(item.localizer for item in slices):
         warnings.add("localizer")
     told: dict[str, float | int | None] = {"n_positions": len(stacks[0])}
@@ -165,10 +167,11 @@ def _is_scout(directions: Sequence[Sequence[int]], frames: Sequence[_Frame]) -> 
     return bool(np.abs(normals @ normals.T).min() < np.cos(np.radians(SCOUT_DEG)))
 
 
-def _stacks(slices: Sequence[Slice], directions: Sequence[Sequence[int]]) -> list[list[int]]:
+def _stacks(
+    slices: Sequence[Slice], directions: Sequence[Sequence[int]], spacings: Sequence[Spacing]
+) -> list[list[int]]:
     """Split groups of parallel slices by size; the largest stack comes first."""
     stacks: dict[object, list[int]] = defaultdict(list)
-    spacings = _spacings(slices)
     for number, group in enumerate(directions):
         for index in group:
             item = slices[index]
@@ -176,7 +179,7 @@ def _stacks(slices: Sequence[Slice], directions: Sequence[Sequence[int]]) -> lis
     return sorted(stacks.values(), key=len, reverse=True)
 
 
-def _spacings(slices: Sequence[Slice]) -> list[tuple[float, float] | None]:
+def _spacings(slices: Sequence[Slice]) -> list[Spacing]:
     """Return the PixelSpacing of each slice; those that differ by no more than rounding are one."""
     given = [item.pixel_spacing for item in slices]
     rows, columns = (_merged(spacing[axis] for spacing in given if spacing) for axis in (0, 1))
@@ -193,13 +196,13 @@ def _merged(values: Iterable[float]) -> dict[float, float]:
     return known
 
 
-def _mixed(slices: Sequence[Slice], directions: Sequence[Sequence[int]]) -> set[str]:
+def _mixed(slices: Sequence[Slice], directions: Sequence[Sequence[int]], spacings: Sequence[Spacing]) -> set[str]:
     found = set()
     if len(directions) > 1:
         found.add("mixed_orientation")
     if len({(item.rows, item.columns) for item in slices}) > 1:
         found.add("mixed_size")
-    if len(set(_spacings(slices))) > 1:
+    if len(set(spacings)) > 1:
         found.add("mixed_pixel_spacing")
     return found
 

@@ -14,7 +14,7 @@ from services.ingest.decoder import Rejected
 from services.ingest.ports import Ports
 from services.ingest.settling import expect_settling, settle
 from shared.concurrency import all_of, temporary_folder
-from shared.dicom import instance_key, series_prefix, stored_instance
+from shared.dicom import COMPLETE, instance_key, series_prefix, stored_instance
 from shared.errors import Unprocessable
 from shared.log import get_logger
 from shared.messages import CreatedObject, Name, ObjectsCreated, RejectedUpload, UploadRejected, sha256_of
@@ -23,8 +23,6 @@ from shared.workfolder import sha256_of_file
 
 INCOMING = "incoming"
 DEFAULT_DATASET = "default"
-COMPLETE = "_COMPLETE"
-"""Name of the object that says of its folder: nothing more comes."""
 MOST_NAMED = 20
 """Members of an archive that its refusal names."""
 FILES_PER_DECODER = 4

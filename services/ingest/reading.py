@@ -96,7 +96,7 @@ def looks_like_dicom(head: bytes) -> bool:
     """Tell from the first 132 bytes whether a file may be DICOM, with or without preamble."""
     if head[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == MAGIC or head[:4] == MAGIC:
         return True
-    if len(head) < 8:  # noqa: PLR2004 - an element's header
+    if len(head) < HEADER_BYTES:
         return False
     little, big = struct.unpack_from("<HH", head), struct.unpack_from(">HH", head)
     if big[0] in FIRST_GROUPS:
@@ -276,7 +276,7 @@ def _check_length(element: object, body: bytes, at: int, delimiter: bytes) -> No
 
 def _encoding(body: bytes, syntax: str, notes: set[str]) -> tuple[bool, bool]:
     """Whether VRs are implicit and bytes little endian: as the first element looks, whatever is claimed."""
-    if len(body) < 8:  # noqa: PLR2004 - an element's header
+    if len(body) < HEADER_BYTES:
         raise Unprocessable("truncated")
     looks_explicit = body[4:6] in VRS
     looks_big = looks_explicit and body[0] == 0 and body[1] != 0

@@ -314,8 +314,8 @@ def _read_as(vr: str, tag: BaseTag, dataset: Dataset) -> None:
     """
     element = dataset[tag]
     if element.VR == "UN" and vr != "SQ":
-        told = {"is_implicit_VR": False, "is_little_endian": True}
-        dataset[tag] = RawDataElement(tag, vr, len(element.value), element.value, 0, **told)
+        value = element.value
+        dataset[tag] = RawDataElement(tag, vr, len(value), value, 0, is_implicit_VR=False, is_little_endian=True)
 
 
 def _dictionary_vrs(tag: BaseTag) -> list[str]:
