@@ -103,11 +103,12 @@ def instances(upload: Upload) -> tuple[list[Instance], set[str]]:
 def files(given: Path) -> Iterator[Path]:
     """Yield a file, or the files in a folder and below; hidden ones and markers are left out."""
     if given.is_dir():
-        found = (Path(folder, name) for folder, _, names in os.walk(given, onerror=_unreadable) for name in names)
-        for path in sorted(found):
-            hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
-            if path.is_file() and not hidden and path.name != COMPLETE:  # a key of ours is in no folder
-                yield path
+        found: list[Path] = []
+        for folder, folders, names in os.walk(given, onerror=_unreadable):
+            folders[:] = [name for name in folders if not name.startswith(".")]  # these need not be readable
+            # A key of ours is in no folder, so that a marker says nothing.
+            found += [Path(folder, name) for name in names if not name.startswith(".") and name != COMPLETE]
+        yield from (path for path in sorted(found) if path.is_file())
     elif given.exists():
         yield given
     else:

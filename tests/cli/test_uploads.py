@@ -50,17 +50,18 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     """Images that nobody may see are not passed over; a marker and what is hidden are."""
     for name in ("a", ".hidden", "_COMPLETE"):
         (tmp_path / name).write_bytes(b"x")
-    closed = tmp_path / "closed"
-    closed.mkdir()
+    closed, trash = tmp_path / "closed", tmp_path / ".Trashes"
+    trash.mkdir()
     scandir = os.scandir
 
     def may_not(path):
-        if path == str(closed):
+        if path in {str(closed), str(trash)}:
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    found = list(uploads.files(tmp_path))
     monkeypatch.setattr(os, "scandir", may_not)
+    found = list(uploads.files(tmp_path))
+    closed.mkdir()
 
     assert found == [tmp_path / "a"]
     with pytest.raises(Refused, match="closed: Permission denied"):
