@@ -1,16 +1,12 @@
-# One virtual environment, kept beside the sources; VENV=… puts it elsewhere.
-PYTHON ?= python3
+# One virtual environment, kept beside the sources; VENV=… puts it elsewhere, PYTHON=… and TORCH=… choose (deploy/setup).
 VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test lint bench chaos
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml deploy/constraints.txt
-	@deploy/check-system $(PYTHON)
-	@echo "Setting up $(VENV): downloads about 1 GB, which takes some minutes."
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint deploy/constraints.txt --editable '.[dev]'
+$(VENV)/ready: pyproject.toml deploy/constraints.txt deploy/setup
+	@deploy/setup $(VENV)
 	@touch $@
 
 demo: setup
