@@ -21,10 +21,10 @@ from cli import orders, pictures, show, uploads
 from cli.client import Client, Refused
 from cli.journey import Journey, Series
 from cli.orders import Training
-from cli.phantom import write_cohort
-from cli.up import Stack, StackFailed
+from deploy.local.stack import Stack, StackFailed
 from services.ingest.reasons import REASONS
 from shared.config import Misconfigured
+from shared.phantom import write_cohort
 
 DATASET, SAMPLES = "demo", "samples"
 """Samples are kept out of the dataset that is trained on."""

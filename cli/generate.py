@@ -73,32 +73,32 @@ def generate(
     try:
         import torch  # noqa: PLC0415 - the command line does without
 
-        from services.trainer import products  # noqa: PLC0415
-        from services.trainer.secondary_capture import Origin  # noqa: PLC0415
+        from services.trainer.products import generation  # noqa: PLC0415
+        from services.trainer.products.secondary_capture import Origin  # noqa: PLC0415
     except ModuleNotFoundError as missing:
         raise Refused(f"generating images needs {missing.name}: install radqueue with its extra `trainer`") from None
 
     described = _described(model / DESCRIPTION)
     try:
-        generator = products.load_generator(model / WEIGHTS, described.sha256, described.config)
-    except products.WrongModel as wrong:
+        generator = generation.load_generator(model / WEIGHTS, described.sha256, described.config)
+    except generation.WrongModel as wrong:
         raise Refused(str(wrong)) from None
     classes, chosen_seed = described.classes, described.seed if seed is None else seed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    labels = products.labels_of(generator, n, _label(class_name, classes))
-    images = products.draw(generator.to(device), n, labels, seed=chosen_seed, device=device, told=told)
+    labels = generation.labels_of(generator, n, _label(class_name, classes))
+    images = generation.draw(generator.to(device), n, labels, seed=chosen_seed, device=device, told=told)
 
-    titles = products.titles_of(labels, n, classes)
+    titles = generation.titles_of(labels, n, classes)
     out.mkdir(parents=True, exist_ok=True)
     if form is Format.NPY:
-        (out / "images.npy").write_bytes(products.npy(images))
+        (out / "images.npy").write_bytes(generation.npy(images))
         told(n)
         paths = [out / "images.npy"]
     elif form is Format.PNG:
-        paths = _written(out, products.names_of(titles, ".png"), products.pngs(images), told)
+        paths = _written(out, generation.names_of(titles, ".png"), generation.pngs(images), told)
     else:
-        made = products.captures(images, titles, described.units, Origin(described.sha256, chosen_seed))
-        paths = _written(out, products.names_of(titles, ".dcm"), made, told)
+        made = generation.captures(images, titles, described.units, Origin(described.sha256, chosen_seed))
+        paths = _written(out, generation.names_of(titles, ".dcm"), made, told)
     return {
         "model": described.request_id,
         "sha256": described.sha256,

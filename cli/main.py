@@ -24,7 +24,7 @@ from cli import ingest_check, maps, orders, quarantine, show
 from cli.client import QUEUES, Client, Refused, WrongUsage
 from cli.generate import Format, opened
 from cli.generate import generate as generated
-from cli.up import ROOT, SERVICES, Stack, StackFailed, StackMisconfigured, read_env
+from deploy.local.stack import ROOT, SERVICES, Stack, StackFailed, StackMisconfigured, read_env
 from services.inference.reasons import several
 from shared.config import Misconfigured
 
@@ -129,9 +129,9 @@ def up(
 @app.command()
 def status(context: typer.Context, *, json: Json = False) -> None:
     """Show the queues, and what was done lately."""
-    from cli import lately  # noqa: PLC0415 - each command loads what it needs
+    from cli import recent_events  # noqa: PLC0415 - each command loads what it needs
 
-    found = lately.status(Client(context.obj))
+    found = recent_events.status(Client(context.obj))
     if json:
         show.json(found)
     else:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from cli import mapentry
-from services.inference.engine import PULL_S, Engine, EngineFailed, run
-from services.inference.manifests import BrokenMap, Needs, read_app_yaml
-from services.inference.maps import Map, digest_of, entry_of, left_out, models_of, read_source
+from services.inference.package.engine import PULL_S, Engine, EngineFailed, run
+from services.inference.package.manifests import BrokenMap, Needs, read_app_yaml
+from services.inference.package.maps import Map, digest_of, entry_of, left_out, models_of, read_source
 
 DATE = 315_532_800
 """1980-01-01, of all files where SOURCE_DATE_EPOCH does not name another second."""

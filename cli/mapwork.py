@@ -16,14 +16,15 @@ from pydicom.errors import InvalidDicomError
 
 from cli import mapbuild
 from cli.client import Refused, WrongUsage
-from services.inference import gpus, preflight
+from services.inference import preflight
 from services.inference.__main__ import bounds_of
-from services.inference.engine import EngineFailed, ecr_of
-from services.inference.manifests import BrokenMap
-from services.inference.maps import Map, is_image, read_source
+from services.inference.package.engine import Engine, EngineFailed, ecr_of
+from services.inference.package.manifests import BrokenMap
+from services.inference.package.maps import Map, is_image, read_source
 from services.inference.preflight import Finding
 from services.inference.reasons import explained
-from services.inference.runner import Serving
+from services.inference.serving import gpus
+from services.inference.serving.runner import Serving
 from services.inference.settings import InferenceSettings
 from shared.child import ChildFailed
 from shared.config import load
@@ -121,7 +122,7 @@ def build(
     if how["context"] is not None and how["context"].exists():
         raise WrongUsage(f"--context: {how['context']} exists")
     try:
-        engine = settings.find_engine()
+        engine = Engine.find(settings.container_engine, settings.engine_arguments)
     except EngineFailed as failed:
         if settings.container_engine is not None or push:
             raise
@@ -198,7 +199,8 @@ def extract(environ: Environ, image: str, out: Path) -> list[str]:
 
 def read(environ: Environ, source: str, *, python: str | None = None, models: Path | None = None) -> Map:
     """Read a MAP by the service's reader."""
-    engine = load(InferenceSettings, environ).find_engine() if is_image(source) else None
+    settings = load(InferenceSettings, environ)
+    engine = Engine.find(settings.container_engine, settings.engine_arguments) if is_image(source) else None
     return read_source(NAME, source, python=python, models=models, engine=engine)
 
 

@@ -16,8 +16,8 @@ from cli.journey import outcome_of
 from services.inference.records import result_prefix
 from services.trainer import config
 from services.trainer.jsconfig import read_config
-from services.trainer.policy import METRICS
 from services.trainer.reasons import explained
+from services.trainer.strategy.policy import METRICS
 from shared.dicom import is_uid
 from shared.messages import (
     EVENT_NAMESPACE,

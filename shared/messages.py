@@ -309,7 +309,7 @@ class TrainingRound(_Frozen):
     round: int
     steps: int
     rule: str = ""
-    """Why its parameters were chosen, see services/trainer/policy.py."""
+    """Why its parameters were chosen, see services/trainer/strategy/policy.py."""
     evaluation: Evaluation
     approved: bool
     why_not: str = ""

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli.pipeline import (
+from radqueue.pipeline import (
     Round,
     build_gan_model,
     calculate_fid,

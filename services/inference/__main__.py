@@ -10,8 +10,16 @@ from typing import Any
 import aiohttp
 from botocore.exceptions import BotoCoreError, ClientError
 
-from services.inference import studies
-from services.inference.archive import (
+from services.inference import stable_studies
+from services.inference.handler import infer, route
+from services.inference.package.engine import Engine
+from services.inference.records import result_prefix
+from services.inference.routing import Target
+from services.inference.serving.gpus import Share
+from services.inference.serving.runner import Bounds, MapRunner, WorkerUnfit
+from services.inference.serving.versions import Fleet, Place, Sources, serving_of
+from services.inference.settings import InferenceSettings
+from services.inference.targets.archive import (
     NEEDED,
     Archive,
     Archives,
@@ -20,13 +28,6 @@ from services.inference.archive import (
     ImportJobs,
     S3Only,
 )
-from services.inference.gpus import Share
-from services.inference.handler import infer, route
-from services.inference.records import result_prefix
-from services.inference.routing import Target
-from services.inference.runner import Bounds, MapRunner, WorkerUnfit
-from services.inference.settings import InferenceSettings
-from services.inference.versions import Fleet, Place, Sources, serving_of
 from shared.aws import Aws
 from shared.concurrency import KeyedLocks
 from shared.config import Misconfigured
@@ -75,8 +76,9 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
     allowed = [one.strip() for one in settings.gpus.split(",") if one.strip()]
     async with AsyncExitStack() as stack:
         archives = await stack.enter_async_context(open_archives(settings, aws, objects))
+        engine = partial(Engine.find, settings.container_engine, settings.engine_arguments)
         table = Place(settings.maps_file, aws.s3)
-        sources = Sources(table.folder, partial(open_ecr, aws), settings.find_engine, table.file)
+        sources = Sources(table.folder, partial(open_ecr, aws), engine, table.file)
         gpus = stack.enter_context(closing(Share(settings.work_dir / "gpus", allowed)))
         fleet = Fleet(table, sources, archives, objects, publish, metrics, clock, gpus)
         await fleet.begin()
@@ -99,11 +101,11 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
             # killed ends first.
             lease_s=settings.visibility_s / 2,
         )
-        quiet = studies.Quiet(settings.study_quiet_s, settings.study_max_settle_s)
+        quiet = stable_studies.Quiet(settings.study_quiet_s, settings.study_max_settle_s)
         routing: dict[str, Any] = {"objects": objects, "publish": publish, "maps": maps, "clock": clock, "quiet": quiet}
         handlers: Mapping[type[Message], Handler] = {
             SeriesReady: partial(route, **routing),
-            StudySettling: partial(studies.settle, **routing),
+            StudySettling: partial(stable_studies.settle, **routing),
             InferenceRequested: in_turn(handle_request, stop),
         }
         try:

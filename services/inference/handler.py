@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from services.inference import outputs as made_outputs
-from services.inference import studies
-from services.inference.archive import Archive, Archives, Instance, PushRejected
+from services.inference import stable_studies
 from services.inference.outputs import LONGEST, MadeInstance, OutputRefused, Scrubber
 from services.inference.records import (
     Failure,
@@ -22,11 +21,13 @@ from services.inference.records import (
     routing_prefix,
 )
 from services.inference.routing import Route
-from services.inference.runner import LOG_TAIL_BYTES, MapRunner, Run, Study
-from services.inference.versions import InstalledMap
+from services.inference.serving.runner import LOG_TAIL_BYTES, MapRunner, Run, Study
+from services.inference.serving.versions import InstalledMap
+from services.inference.targets.archive import Archive, Archives, Instance, PushRejected
 from shared.concurrency import all_of, temporary_folder
 from shared.dicom import Revision, revision_key, series_prefix
 from shared.errors import Unavailable, Unprocessable
+from shared.idempotency import once, store_once, stored
 from shared.log import get_logger
 from shared.messages import (
     CompletedInference,
@@ -43,7 +44,6 @@ from shared.messages import (
     SkippedInference,
 )
 from shared.objects import ObjectMissing, ObjectStore
-from shared.once import once, store_once, stored
 from shared.queue import Publish, receive_count
 
 ANNOUNCED_OUTPUTS = 500
@@ -62,7 +62,7 @@ async def route(
     publish: Publish,
     maps: Mapping[str, InstalledMap],
     clock: Clock,
-    quiet: studies.Quiet,
+    quiet: stable_studies.Quiet,
 ) -> None:
     """Give one revision to the MAPs whose conditions it meets.
 
@@ -108,7 +108,9 @@ async def route(
     # A revision that no such MAP takes may replace one that they were given: then their inputs change as well.
     reads_studies = any(found.route.level == "study" for found in maps.values())
     if routing.study_maps or (reads_studies and revision.supersedes):
-        await studies.expect_settling(series.study_uid, objects=objects, publish=publish, clock=clock, quiet=quiet)
+        await stable_studies.expect_settling(
+            series.study_uid, objects=objects, publish=publish, clock=clock, quiet=quiet
+        )
 
 
 async def infer(
@@ -166,7 +168,7 @@ async def infer(
             if outputs is None:
                 newer = await _superseded_by(objects, task.inputs)
                 of_study = route is not None and route.level == "study"
-                if newer is not None or (of_study and await studies.is_superseded(task, objects)):
+                if newer is not None or (of_study and await stable_studies.is_superseded(task, objects)):
                     log.info("inference.superseded", map=task.map, by=newer)
                     return
                 installed = _installed(task, served).map

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from services.inference import gpus, outputs
-from services.inference.engine import EngineFailed, Mount, run
-from services.inference.manifests import RESOURCES
-from services.inference.maps import Map
+from services.inference import outputs
 from services.inference.outputs import OutputRefused
-from services.inference.probe import STEPS
+from services.inference.package.engine import EngineFailed, Mount, run
+from services.inference.package.manifests import RESOURCES
+from services.inference.package.maps import Map
+from services.inference.package.requirements import compare
 from services.inference.reasons import explained, several
-from services.inference.requirements import compare
-from services.inference.runner import (
+from services.inference.serving import gpus
+from services.inference.serving.probe import STEPS
+from services.inference.serving.runner import (
     CONTAINER_ROOT,
     HOST_FILES,
     ROOT,
@@ -38,8 +39,10 @@ from shared.errors import Unavailable
 
 PROBE_S = 600
 """Seconds to import the MAP and load its models."""
-PROBE = "services/inference/probe.py"
-START = "import sys; sys.path[0] = sys.argv.pop(1); from services.inference.probe import main; main(sys.argv[1:])"
+PROBE = "services/inference/serving/probe.py"
+START = (
+    "import sys; sys.path[0] = sys.argv.pop(1); from services.inference.serving.probe import main; main(sys.argv[1:])"
+)
 GIB = 1 << 30
 
 Answer = dict[str, Any]

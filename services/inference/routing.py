@@ -36,7 +36,7 @@ from pydicom.datadict import tag_for_keyword
 
 from shared.dicom import SERIES_ATTRIBUTES, Revision
 from shared.messages import Geometry, Name
-from shared.tables import read_table
+from shared.yaml_tables import read_table
 
 N_INSTANCES = "n_instances"
 """How many instances the series has; with the fields of its geometry, the conditions that are no DICOM keywords."""

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pydantic import Field, SecretStr
 
-from services.inference.engine import Engine
 from services.inference.routing import Target
 from shared.config import ServiceSettings
 
@@ -66,6 +65,7 @@ class InferenceSettings(ServiceSettings):
     container_engine_build_args: str = ""
     """More arguments for its `build`, or buildah's, such as `--isolation chroot`; `radqueue map build` uses them."""
 
-    def find_engine(self) -> Engine:
-        """Return the container engine. Raises `EngineFailed` where there is none, or none answers."""
-        return Engine.find(self.container_engine, shlex.split(self.container_engine_args))
+    @property
+    def engine_arguments(self) -> list[str]:
+        """The words of `container_engine_args`, as a shell splits them."""
+        return shlex.split(self.container_engine_args)

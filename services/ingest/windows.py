@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pydantic import BaseModel, ConfigDict
 
 from services.ingest.arrays import ArrayConfig
+from shared.idempotency import store_once, stored
 from shared.objects import ObjectStore
-from shared.once import store_once, stored
 
 OTHER = "other"
 """In place of a Modality that is missing, or is no code: it came from a file, and becomes part of a key."""

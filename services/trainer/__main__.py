@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 
-from services.trainer.copies import prepare
-from services.trainer.extractor import fetch_extractor
+from services.trainer.data.cache import prepare
+from services.trainer.evaluation.extractor import fetch_extractor
 from services.trainer.handler import handle
 from services.trainer.run import Ports, Worker
 from services.trainer.sagemaker import SageMaker

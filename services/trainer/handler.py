@@ -3,7 +3,7 @@
 Everything that a training knows is under `models/<request id>/`, so that any worker can go on with it:
 
     options.json                what was asked for; a second request of this id must be the same
-    lease.json                  who trains: a claim of shared/once.py
+    lease.json                  who trains: a claim of shared/idempotency.py
     manifest.json               the arrays and their split, as of the first start
     config.js                   the parameters of the round that runs; put there before the request, it is started with
     first_config.js             the parameters of the start, resolved
@@ -27,17 +27,17 @@ from datetime import datetime
 from typing import TypeVar
 
 from services.trainer.completion import complete
-from services.trainer.loading import loaded
-from services.trainer.policy import best_round
+from services.trainer.data.loading import loaded
 from services.trainer.reasons import CannotTrain
 from services.trainer.records import StoredCompletion, StoredFailure, StoredOptions, goal_of
 from services.trainer.rounds import announce, evaluate, first_config, modify, train
 from services.trainer.run import Ports, Run
+from services.trainer.strategy.policy import best_round
 from shared.concurrency import temporary_folder
 from shared.errors import Unprocessable
+from shared.idempotency import once, store_once
 from shared.log import get_logger
 from shared.messages import FailedTraining, TrainingCompleted, TrainingFailed, TrainingRequest, TrainingRequested
-from shared.once import once, store_once
 
 Result = TypeVar("Result")
 

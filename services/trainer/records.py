@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from services.trainer.config import Value
-from services.trainer.policy import Goal, Observation
-from services.trainer.secondary_capture import Modality, Units, Window
+from services.trainer.data.units import Modality, Units, Window
+from services.trainer.strategy.policy import Goal, Observation
 from shared.messages import CompletedTraining, FailedTraining, Name, TrainingRequest, TrainingRound
 
 

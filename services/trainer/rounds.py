@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 from pathlib import Path
 
-from services.trainer import policy, search
 from services.trainer.checkpoints import Checkpoints
 from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParameter
 from services.trainer.jsconfig import modify_config, read_config
@@ -15,12 +14,13 @@ from services.trainer.progress import shown
 from services.trainer.reasons import CannotTrain
 from services.trainer.records import StoredPlan, StoredRound, StoredState, StoredTrained, goal_of
 from services.trainer.run import Ports, Run
+from services.trainer.strategy import optuna_search, policy
 from shared.child import Json
 from shared.errors import Continue
+from shared.idempotency import store_once, stored
 from shared.log import get_logger
 from shared.messages import Evaluation, TrainingRound, TrainingRoundCompleted
 from shared.objects import ObjectMissing
-from shared.once import store_once, stored
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.js")
 
@@ -66,7 +66,7 @@ async def modify(run: Run) -> StoredPlan | None:
     text = (await objects.get(last.told.config_key)).decode() if last else await first_config(run)
     state = await run.state(len(rounds) + 1)
     observed = [done.observation() for done in rounds]
-    decide = search.decide if run.request.strategy == "optuna" else policy.decide
+    decide = optuna_search.decide if run.request.strategy == "optuna" else policy.decide
     situation = policy.Situation(read_config(text), observed, goal_of(run.request), state.divergences)
     try:
         decision = await asyncio.to_thread(decide, situation)

@@ -14,10 +14,10 @@ from services.trainer.records import StoredRound, StoredState
 from services.trainer.settings import TrainerSettings
 from shared.child import ChildFailed, Json, Progress
 from shared.errors import Continue, Unavailable, Unprocessable
+from shared.idempotency import stored
 from shared.log import get_logger
 from shared.messages import TrainingRequest
 from shared.objects import ObjectStore
-from shared.once import stored
 from shared.queue import Publish, remaining_s
 
 MAX_ATTEMPTS = 3

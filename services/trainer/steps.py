@@ -29,8 +29,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pydantic import ValidationError
 
 from services.trainer.__main__ import ports_of
+from services.trainer.data.loading import loaded
 from services.trainer.handler import accept, announce_completion, claimed, generate
-from services.trainer.loading import loaded
 from services.trainer.records import StoredCompletion, StoredFailure, StoredOptions
 from services.trainer.rounds import announce, evaluate, first_config, modify, train, trained_of
 from services.trainer.run import Ports, Run
@@ -38,9 +38,9 @@ from services.trainer.settings import TrainerSettings
 from shared.aws import Aws
 from shared.child import Json
 from shared.errors import Continue, Unavailable, Unprocessable
+from shared.idempotency import stored
 from shared.messages import TrainingRequest
 from shared.metrics import Metrics
-from shared.once import stored
 from shared.service import run as run_service
 
 Step = Callable[[Run], Awaitable[StoredCompletion | Json]]

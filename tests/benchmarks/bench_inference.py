@@ -29,19 +29,19 @@ import pydicom
 import yaml
 from botocore.config import Config
 
-from cli.phantom import write_ct_series
 from services.inference.__main__ import open_archives
-from services.inference.archive import Instance
-from services.inference.engine import Engine, EngineFailed
-from services.inference.maphost import cuda_runtime
-from services.inference.maps import load
-from services.inference.runner import MapRunner, Run, Serving, Study
+from services.inference.package.engine import Engine, EngineFailed
+from services.inference.package.maps import load
+from services.inference.serving.maphost import cuda_runtime
+from services.inference.serving.runner import MapRunner, Run, Serving, Study
 from services.inference.settings import InferenceSettings
+from services.inference.targets.archive import Instance
 from shared import config
 from shared.aws import connect
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key, sha_of
 from shared.messages import ReadySeries, SeriesReady
 from shared.objects import ObjectStore
+from shared.phantom import write_ct_series
 from tests.conftest import ROOT, start_local_aws
 from tests.inference.conftest import APP, CONTAINER_BASE, RUN_AS, make_series
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from cli import orders, uploads
 from cli.client import Client, Refused
 from cli.main import app
-from cli.phantom import write_ct_series
-from cli.up import ROOT
+from deploy.local.stack import ROOT
 from services.inference.records import result_prefix
 from shared.dicom import instance_key
 from shared.messages import InferenceRequested, InferenceTask, SeriesRef, TrainingRequested, decode
+from shared.phantom import write_ct_series
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from cli import show
 from cli.client import Client, Refused
 from cli.journey import Journey
 from cli.orders import Training, training_request
-from cli.phantom import Patient, write_ct_series
 from cli.uploads import collect, instances
 from services.inference.reasons import REASONS
 from services.inference.records import result_prefix
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key
 from shared.messages import Geometry, InferenceTask
+from shared.phantom import Patient, write_ct_series
 
 EVALUATION = {
     "metric": "FD",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from services.inference.engine import Engine, Mount
+from services.inference.package.engine import Engine, Mount
 from tests.cli.conftest import ROOT, plain_environ
 from tests.inference.conftest import CONTAINER_BASE, RUN_AS
 

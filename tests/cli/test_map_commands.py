@@ -9,7 +9,7 @@ import textwrap
 import pydicom
 import pytest
 
-from cli.phantom import Patient, write_ct_series
+from shared.phantom import Patient, write_ct_series
 from tests.cli.conftest import ROOT, plain_environ
 
 CT_TISSUES = ROOT / "maps" / "ct_tissues"

@@ -7,8 +7,8 @@ import pytest
 
 from cli import map_route
 from cli.client import Client
-from cli.phantom import write_ct_series
 from shared.dicom import Geometry, Revision, StoredInstance
+from shared.phantom import write_ct_series
 
 TABLE = """
 maps:

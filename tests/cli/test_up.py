@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.up import ROOT, Stack, StackFailed, read_env
+from deploy.local.stack import ROOT, Stack, StackFailed, read_env
 
 WAIT_S = 60
 
@@ -107,7 +107,7 @@ def test_a_taken_folder_is_said(tmp_path, local_aws):
 
 def test_a_service_that_keeps_dying_is_given_up(tmp_path, monkeypatch):
     """After five quick deaths in a row everything ends, showing the service's last words."""
-    monkeypatch.setattr("cli.up.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("deploy.local.stack.FIRST_PAUSE_S", 0.01)
     stack = Stack(tmp_path / "d", services=("no_such_service",))
 
     with pytest.raises(StackFailed, match=r"died 5 times in a row \(exit code 1\).*\n(.*\n)*.*No module named"):
@@ -136,7 +136,14 @@ def test_the_user_s_settings_win_and_their_aws_does_not_and_its_death_ends_every
 
 def test_a_leash_whose_parent_died_before_it_does_not_start_the_program():
     """A parent that is gone already cannot die again, so the signal would never come."""
-    program = [sys.executable, str(ROOT / "cli" / "leash.py"), "1", sys.executable, "-c", "print('started')"]
+    program = [
+        sys.executable,
+        f"{ROOT}/deploy/local/leash.py",
+        "1",
+        sys.executable,
+        "-c",
+        "print('started')",
+    ]
     done = subprocess.run(program, capture_output=True, check=False)
 
     assert (done.returncode, done.stdout) == (1, b"")

@@ -18,13 +18,13 @@ import pytest_asyncio
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from services.inference.archive import Archive, Archives, HealthImaging, S3Only
-from services.inference.engine import Engine
-from services.inference.maps import Map, load
+from services.inference.package.engine import Engine
+from services.inference.package.maps import Map, load
 from services.inference.routing import Route
-from services.inference.runner import Bounds, MapRunner, Study
-from services.inference.studies import Quiet
-from services.inference.versions import InstalledMap
+from services.inference.serving.runner import Bounds, MapRunner, Study
+from services.inference.serving.versions import InstalledMap
+from services.inference.stable_studies import Quiet
+from services.inference.targets.archive import Archive, Archives, HealthImaging, S3Only
 from shared.aws import Aws, connect
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key, sha_of
 from shared.dicomweb import DicomWeb, SigV4, base_url

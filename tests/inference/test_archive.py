@@ -16,8 +16,10 @@ import pytest
 import pytest_asyncio
 from botocore.exceptions import ClientError, EndpointConnectionError
 
-from services.inference import archive
-from services.inference.archive import (
+from services.inference.handler import infer
+from services.inference.records import Outputs, Result, result_prefix
+from services.inference.targets import archive
+from services.inference.targets.archive import (
     Archives,
     DicomWebArchive,
     HealthImaging,
@@ -26,8 +28,6 @@ from services.inference.archive import (
     PushRejected,
     S3Only,
 )
-from services.inference.handler import infer
-from services.inference.records import Outputs, Result, result_prefix
 from shared.dicomweb import Basic, Bearer, DicomWeb
 from shared.errors import Unavailable
 from shared.messages import InferenceCompleted, InferenceFailed

@@ -10,10 +10,10 @@ import pydicom
 import pytest
 import structlog
 
-from services.inference import archive
-from services.inference.archive import DicomWebArchive, HealthImaging
 from services.inference.handler import infer, route
 from services.inference.records import Failure, Outputs, Result, Routing, result_prefix
+from services.inference.targets import archive
+from services.inference.targets.archive import DicomWebArchive, HealthImaging
 from shared.dicomweb import DicomWeb
 from shared.errors import Claimed, Unavailable, Unprocessable
 from shared.messages import InferenceCompleted, InferenceFailed, InferenceOutput, InferenceRequested, InferenceSkipped

@@ -7,8 +7,8 @@ import pytest
 from pydicom import dcmread
 
 from services.inference.__main__ import open_archives, serve
-from services.inference.archive import Instance
 from services.inference.settings import InferenceSettings
+from services.inference.targets.archive import Instance
 from shared.config import Misconfigured
 from shared.metrics import Metrics
 from shared.objects import ObjectStore

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.phantom import write_ct_series
 from services.inference.__main__ import serve
 from services.inference.records import Outputs, Routing, routing_prefix
 from services.inference.settings import InferenceSettings
 from shared.config import ServiceSettings, load
 from shared.messages import InferenceCompleted, MapRejected, MapUpdated, decode
 from shared.metrics import Metrics
+from shared.phantom import write_ct_series
 
 TIMEOUT_S = 120
 CLOSED_URL = "http://127.0.0.1:9/datastore/none"

@@ -4,9 +4,10 @@ import ast
 import inspect
 from typing import get_args
 
-from services.inference import archive, outputs
+from services.inference import outputs
 from services.inference.reasons import REASONS, explained
-from services.inference.runner import Outcome
+from services.inference.serving.runner import Outcome
+from services.inference.targets import archive
 
 
 def test_every_reason_is_explained_and_no_other():

@@ -11,10 +11,10 @@ import pydicom
 import pytest
 import torch
 
-from services.inference import maphost
-from services.inference import runner as runner_module
-from services.inference.maps import load
-from services.inference.runner import (
+from services.inference.package.maps import load
+from services.inference.serving import maphost
+from services.inference.serving import runner as runner_module
+from services.inference.serving.runner import (
     LOG_END_BYTES,
     LOG_HEAD_BYTES,
     GpuLost,

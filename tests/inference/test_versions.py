@@ -14,14 +14,14 @@ import pytest_asyncio
 import structlog
 import yaml
 
-from services.inference import gpus
 from services.inference.__main__ import open_ecr, serve
-from services.inference.engine import Inspected
-from services.inference.gpus import MIB, Gpu, Share
-from services.inference.manifests import Needs
-from services.inference.runner import MapRunner, Run, Study
+from services.inference.package.engine import Inspected
+from services.inference.package.manifests import Needs
+from services.inference.serving import gpus
+from services.inference.serving.gpus import MIB, Gpu, Share
+from services.inference.serving.runner import MapRunner, Run, Study
+from services.inference.serving.versions import Fleet, Place, Rejection, Served, Sources, serving_of
 from services.inference.settings import InferenceSettings
-from services.inference.versions import Fleet, Place, Rejection, Served, Sources, serving_of
 from shared.child import ChildFailed
 from shared.config import Misconfigured
 from shared.errors import Unavailable

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from shared import once as module
+from shared import idempotency as module
 from shared.errors import Claimed, Continue, Unavailable, Unprocessable
+from shared.idempotency import once, store_once, stored
 from shared.messages import ReportRequest, ReportRequested
 from shared.objects import ObjectMissing, ObjectStore
-from shared.once import once, store_once, stored
 from shared.queue import circuit, consume, receive_count
 from tests.queue.virtualtime import virtual_time
 

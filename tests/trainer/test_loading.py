@@ -16,11 +16,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from services.trainer import loading, rounds, sources
-from services.trainer.copies import kept_copies, prepare
-from services.trainer.dataset import Manifest
-from services.trainer.images import load_images
-from services.trainer.loading import loaded
+from services.trainer import rounds
+from services.trainer.data import loading, sources
+from services.trainer.data.cache import kept_copies, prepare
+from services.trainer.data.images import load_images
+from services.trainer.data.loading import loaded
+from services.trainer.data.manifest import Manifest
 from services.trainer.reasons import REASONS, CannotTrain, explained
 from services.trainer.settings import TrainerSettings
 from shared.config import Misconfigured
