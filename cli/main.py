@@ -20,10 +20,12 @@ from typing import Annotated, Any, Never
 import typer
 from typer.core import TyperGroup
 
-from cli import ingest_check, maps, orders, quarantine, show
+from cli import orders, show
 from cli.client import QUEUES, Client, Refused, WrongUsage
-from cli.generate import Format, opened
-from cli.generate import generate as generated
+from cli.map import commands
+from cli.study import ingest_check, quarantine
+from cli.training.generate import Format, opened
+from cli.training.generate import generate as generated
 from deploy.local.stack import ROOT, SERVICES, Stack, StackFailed, StackMisconfigured, read_env
 from services.inference.reasons import several
 from shared.config import Misconfigured
@@ -151,7 +153,7 @@ def upload(
     json: Json = False,
 ) -> None:
     """Upload images; what is there already is no harm, and its results are found at once."""
-    from cli import journey, uploads  # noqa: PLC0415
+    from cli.study import journey, uploads  # noqa: PLC0415
 
     found = uploads.collect(paths, orders.name(dataset))
     client = Client(context.obj)
@@ -405,7 +407,7 @@ def demo(
     raise typer.Exit(EXIT_FAILED if ran.failures else 0)
 
 
-app.add_typer(maps.app, name="map")
+app.add_typer(commands.app, name="map")
 app.add_typer(quarantine.app, name="quarantine")
 dlq_app = typer.Typer(no_args_is_help=True, help="What could not be handled, and why.")
 app.add_typer(dlq_app, name="dlq")

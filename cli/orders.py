@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from cli.client import Client, Refused, WrongUsage, now
-from cli.journey import outcome_of
+from cli.study.journey import outcome_of
 from services.inference.records import result_prefix
 from services.trainer import config
 from services.trainer.jsconfig import read_config

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from pydicom import dcmread
 
-from cli.uploads import files
+from cli.study.uploads import files
 from services.ingest.arrays import centred, is_grey, is_picture, percentile_window, shrink
 from services.ingest.pixels import modality_values
 from services.ingest.reading import Caps, normalise, text_of

@@ -1,4 +1,4 @@
-"""The delivery of a message that the running task handles: the queue runtime sets it, and whatever is called may ask."""
+"""The delivery of a message that the running task handles: the queue runtime sets it, whatever is called may ask."""
 
 import asyncio
 import math

@@ -9,9 +9,10 @@ import boto3
 import pytest
 from typer.testing import CliRunner
 
-from cli import orders, uploads
+from cli import orders
 from cli.client import Client, Refused
 from cli.main import app
+from cli.study import uploads
 from deploy.local.stack import ROOT
 from services.inference.records import result_prefix
 from shared.dicom import instance_key

@@ -7,9 +7,9 @@ import pytest
 
 from cli import show
 from cli.client import Client, Refused
-from cli.journey import Journey
 from cli.orders import Training, training_request
-from cli.uploads import collect, instances
+from cli.study.journey import Journey
+from cli.study.uploads import collect, instances
 from services.inference.reasons import REASONS
 from services.inference.records import result_prefix
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key
@@ -327,7 +327,7 @@ def test_a_series_that_waits_for_long_tells_where_to_look(client, uploaded, monk
     journey = Journey(client, uploaded[0])
     journey.look()
     soon = journey.hints()
-    monkeypatch.setattr("cli.journey.HINT_AFTER_S", -1)
+    monkeypatch.setattr("cli.study.journey.HINT_AFTER_S", -1)
 
     assert soon == []
     assert "de-identified" in journey.hints()[0]

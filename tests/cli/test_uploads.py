@@ -8,8 +8,8 @@ import tarfile
 
 import pytest
 
-from cli import uploads
 from cli.client import Refused
+from cli.study import uploads
 
 
 def tar_of(members, mode):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli import mapentry
+from cli.map import entrypoint
 from services.inference.package.engine import PULL_S, Engine, EngineFailed, run
 from services.inference.package.manifests import BrokenMap, Needs, read_app_yaml
 from services.inference.package.maps import Map, digest_of, entry_of, left_out, models_of, read_source
@@ -155,7 +155,7 @@ def write_context(
         shutil.copyfile(config, context / "app.yaml")
     else:
         (context / "app.yaml").write_text("application: {}\n", "utf-8")
-    shutil.copyfile(mapentry.__file__, context / "tools")
+    shutil.copyfile(entrypoint.__file__, context / "tools")
     if (folder / "README.md").is_file():
         _copy(folder / "README.md", context / "docs", without=None)
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.client import Client, Refused, Stored
-from cli.uploads import Instance, Upload, instances
+from cli.study.uploads import Instance, Upload, instances
 from services.inference.reasons import explained
 from services.inference.records import StudyRouting, result_prefix, study_prefix
 from shared.dicom import Revision, revision_key, series_prefix, stored_instance

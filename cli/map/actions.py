@@ -1,4 +1,4 @@
-"""What the commands `radqueue map …` do; `cli.maps` says what they are called."""
+"""What the commands `radqueue map …` do; `cli.map.commands` says what they are called."""
 
 import asyncio
 import logging
@@ -14,8 +14,8 @@ import pydicom
 from botocore.exceptions import BotoCoreError, ClientError
 from pydicom.errors import InvalidDicomError
 
-from cli import mapbuild
 from cli.client import Refused, WrongUsage
+from cli.map import build as image
 from services.inference import preflight
 from services.inference.__main__ import bounds_of
 from services.inference.package.engine import Engine, EngineFailed, ecr_of
@@ -117,7 +117,7 @@ def run(
 def build(
     environ: Environ, folder: Path, tag: str, *, models: Path | None, push: bool, say: Say, **how: Any
 ) -> dict[str, Any]:
-    """Build an image and push it, and tell what there is now; `how` is as for `mapbuild.build`."""
+    """Build an image and push it, and tell what there is now; `how` is as for `cli.map.build.build`."""
     settings = load(InferenceSettings, environ)
     if how["context"] is not None and how["context"].exists():
         raise WrongUsage(f"--context: {how['context']} exists")
@@ -130,7 +130,7 @@ def build(
         say(str(failed))
     models = models.resolve() if models is not None else None
     how |= {"arguments": shlex.split(settings.container_engine_build_args), "environ": environ}
-    built = mapbuild.build(folder.resolve(), tag, engine=engine, models=models, say=say, **how)
+    built = image.build(folder.resolve(), tag, engine=engine, models=models, say=say, **how)
     pushed = None
     if push and engine is not None:
         say(f"pushing {tag}")

@@ -44,14 +44,14 @@ def check(
     json: Json = False,
 ) -> None:
     """Tell whether a MAP will work here, and what to do where it will not; exit code 1 where it will not."""
-    from cli import mapwork  # noqa: PLC0415 - each command loads what it needs
+    from cli.map import actions  # noqa: PLC0415 - each command loads what it needs
 
-    findings = mapwork.check(
+    findings = actions.check(
         context.obj,
         source,
         study,
-        serving=mapwork.serving(isolation, deadline),
-        least=mapwork.least_of(outputs or []),
+        serving=actions.serving(isolation, deadline),
+        least=actions.least_of(outputs or []),
         log=log,
         say=show.progress,
         python=python,
@@ -83,10 +83,10 @@ def run(
     json: Json = False,
 ) -> None:
     """Run a MAP on one study, as the worker does; exit code 1 where it failed."""
-    from cli import mapwork  # noqa: PLC0415
+    from cli.map import actions  # noqa: PLC0415
 
-    serving = mapwork.serving(isolation, deadline)
-    told = mapwork.run(context.obj, source, study, output, serving=serving, log=log, python=python, models=models)
+    serving = actions.serving(isolation, deadline)
+    told = actions.run(context.obj, source, study, output, serving=serving, log=log, python=python, models=models)
     if json:
         show.json(told)
     else:
@@ -116,9 +116,9 @@ def build(
     json: Json = False,
 ) -> None:
     """Build a MAP image of an application folder, by docker, podman or buildah."""
-    from cli import mapwork  # noqa: PLC0415
+    from cli.map import actions  # noqa: PLC0415
 
-    told = mapwork.build(
+    told = actions.build(
         context.obj,
         folder,
         tag,
@@ -142,9 +142,9 @@ def build(
 @app.command("show")
 def show_(context: typer.Context, *, source: Source, json: Json = False) -> None:
     """Show what the manifests of a MAP say."""
-    from cli import mapwork  # noqa: PLC0415
+    from cli.map import actions  # noqa: PLC0415
 
-    told = mapwork.describe(context.obj, source)
+    told = actions.describe(context.obj, source)
     if json:
         show.json(told)
         return
@@ -172,9 +172,9 @@ def described(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 @app.command()
 def env(context: typer.Context, *, source: Source, json: Json = False) -> None:
     """Show the environment that a MAP's program gets."""
-    from cli import mapwork  # noqa: PLC0415
+    from cli.map import actions  # noqa: PLC0415
 
-    variables = mapwork.variables(context.obj, source)
+    variables = actions.variables(context.obj, source)
     if json:
         show.json(variables)
         return
@@ -191,9 +191,9 @@ def extract(
     json: Json = False,
 ) -> None:
     """Unpack a MAP image, without running it; the folder is a source like the image."""
-    from cli import mapwork  # noqa: PLC0415
+    from cli.map import actions  # noqa: PLC0415
 
-    written = mapwork.extract(context.obj, image, out)
+    written = actions.extract(context.obj, image, out)
     show.json({"written": written}) if json else show.paths(written)
 
 
@@ -206,7 +206,7 @@ def route(
     json: Json = False,
 ) -> None:
     """Tell which MAPs would take which series of a study; nothing is run."""
-    from cli import map_route  # noqa: PLC0415 - each command loads what it needs
+    from cli.map import route  # noqa: PLC0415 - each command loads what it needs
 
-    found = map_route.route(context.obj, study, maps)
-    show.json(found) if json else map_route.show_routes(found)
+    found = route.route(context.obj, study, maps)
+    show.json(found) if json else route.show_routes(found)

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cli import show
 from cli.client import Refused
-from cli.uploads import files
+from cli.study.uploads import files
 from services.ingest.answers import Instance
 from services.ingest.decoder import Decoder, Rejected
 from services.ingest.geometry import Slice, survey
