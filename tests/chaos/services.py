@@ -168,7 +168,7 @@ class Life:
         own = {"AWS_ENDPOINT_URL": self.proxy.url, "RADQUEUE_WORK_DIR": str(self.world.folder / "work")}
         mutant = ["tests.chaos.mutants", self.scenario.mutant] if self.scenario.mutant else []
         program = [sys.executable, "-m", *mutant, f"services.{self.journey.service}"]
-        leash = [sys.executable, "-I", "-S", str(ROOT / "cli" / "leash.py"), str(os.getpid())]
+        leash = [sys.executable, "-I", "-S", str(ROOT / "deploy" / "local" / "leash.py"), str(os.getpid())]
         with (self.world.folder / "log").open("wb") as log:
             return await asyncio.create_subprocess_exec(
                 *leash,
