@@ -1,0 +1,14 @@
+"""The claim of the worker that works on a record; `shared/idempotency.py` says what it guarantees."""
+
+from pydantic import AwareDatetime
+
+from shared.documents.document import Stored
+
+
+class Claim(Stored):
+    """`lease.json`, `claim.json`: who works, and until when unless it is renewed."""
+
+    owner: str
+    epoch: int
+    """One higher with each owner."""
+    ends: AwareDatetime
