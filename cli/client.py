@@ -21,6 +21,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from shared.config import Misconfigured, ServiceSettings, load
+from shared.documents.document import Document, Model, body_of
+from shared.errors import Unprocessable
 from shared.messages import Event
 
 QUEUES = ("ingest", "inference", "training", "reporting")
@@ -90,10 +92,18 @@ class Client:
                 raise
         return body
 
-    def get_json(self, key: str) -> dict[str, Any] | None:
-        """Return the JSON object, or None where there is none."""
-        body = self.get(key)
-        return None if body is None else json.loads(body)
+    def read(self, document: Document[Model]) -> Model | None:
+        """Return what a document holds, or None where there is none."""
+        body = self.get(document.key)
+        try:
+            return None if body is None else document.parse(body)
+        except Unprocessable:
+            raise Refused(f"{self.url(document.key)} is damaged, or of a newer version of radqueue") from None
+
+    def store(self, document: Document[Model], content: Model) -> None:
+        """Store a document."""
+        with self._explained():
+            self._s3.put_object(Bucket=self.bucket, Key=document.key, Body=body_of(content))
 
     def exists(self, key: str) -> bool:
         """Tell whether there is an object under `key`."""
@@ -126,11 +136,6 @@ class Client:
         with path.open("rb") as file, self._explained():
             # Without threads: the files are small and many, and the progress is told in order.
             self._s3.upload_fileobj(file, self.bucket, key, Callback=told, Config=TransferConfig(use_threads=False))
-
-    def put(self, key: str, body: bytes) -> None:
-        """Store an object."""
-        with self._explained():
-            self._s3.put_object(Bucket=self.bucket, Key=key, Body=body)
 
     def copy(self, key: str, to: str) -> None:
         """Copy an object inside S3, whatever its size."""

@@ -25,6 +25,8 @@ from cli.study.journey import Journey, Series
 from deploy.local.stack import Stack, StackFailed
 from services.ingest.reasons import REASONS
 from shared.config import Misconfigured
+from shared.documents.reports import Report
+from shared.keys import ARRAY_SUFFIX, dataset_prefix
 from shared.phantom import write_cohort
 
 DATASET, SAMPLES = "demo", "samples"
@@ -69,7 +71,7 @@ class Demo:
     cohort: list[uploads.Upload] = field(default_factory=list)
     journey: Journey | None = None
     training: Training | None = None
-    report: dict[str, Any] = field(default_factory=dict)
+    report: Report | None = None
     pictures: list[Path] = field(default_factory=list)
     pages: list[Path] = field(default_factory=list)
     done: bool = False
@@ -118,7 +120,10 @@ class Demo:
             **journey,
             "skipped": [found["series_uid"] for found in journey["series"] if found["stage"] == "skipped"],
             "training": self.training.summary() if self.training else None,
-            "report": {"month": self.report.get("month"), "paths": [str(path) for path in self.pages]},
+            "report": {
+                "month": self.report.month if self.report else None,
+                "paths": [str(path) for path in self.pages],
+            },
             "pictures": [str(path) for path in self.pictures],
             "seconds": self.seconds,
         }
@@ -164,11 +169,11 @@ class Demo:
         with self._stage("report"):
             for _ in range(REPORTS):
                 self.report = orders.make_report(client, orders.month(None), timeout_s=REPORT_TIMEOUT_S)
-                missing = self._missing_in_report()
+                missing = self._missing_in(self.report)
                 if not missing:
                     break
             self.failures += missing
-            self.pages = orders.save_report(client, self.report["month"], self.out)
+            self.pages = orders.save_report(client, _known(self.report).month, self.out)
 
     def _draw(self, client: Client) -> None:
         """Draw the first results over their images, and fetch the generated ones."""
@@ -194,16 +199,16 @@ class Demo:
             if training.completion is None and not (self.own and training.reason_code in TOO_LITTLE):
                 self.failures.append(f"the training failed: {training.reason_code}")
 
-    def _missing_in_report(self) -> list[str]:
+    def _missing_in(self, report: Report) -> list[str]:
         journey, training = _known(self.journey), _known(self.training)
-        completed = sum(found["outcomes"].get("completed", 0) for found in self.report["inference"])
+        completed = sum(found.outcomes.get("completed", 0) for found in report.inference)
         pushed = sum(len(series.maps) for series in journey.series if series.stage == "pushed")
-        told = {found["request_id"]: found for found in self.report["training"]}
+        ended = {found.request_id for found in report.training if found.status != "running"}
         ends = {
             f"{pushed} completed runs of MAPs": completed >= pushed,
-            f"{len(journey.series)} series": self.report["series"]["n_series"] >= len(journey.series),
-            "the refused file": BROKEN_REASON in self.report["rejections_by_reason"],
-            "the training": told.get(training.request_id, {}).get("status", "running") != "running",
+            f"{len(journey.series)} series": report.series.n_series >= len(journey.series),
+            "the refused file": BROKEN_REASON in report.rejections_by_reason,
+            "the training": training.request_id in ended,
         }
         return [f"the report does not tell of {what}" for what, found in ends.items() if not found]
 
@@ -292,38 +297,38 @@ def _check_outputs(client: Client, series: Series) -> Iterator[str]:
     if not series.outputs:
         yield f"series {series.series_uid} has a result without outputs"
     for output in series.outputs:
-        image_set = client.image_set(output["image_set_id"]) if output["image_set_id"] else None
+        image_set = client.image_set(output.image_set_id) if output.image_set_id else None
         if image_set is None:
-            yield f"output {output['sop_instance_uid']} is not in HealthImaging"
+            yield f"output {output.sop_instance_uid} is not in HealthImaging"
         elif not image_set["isPrimary"]:
-            yield f"output {output['sop_instance_uid']} is in a non-primary image set"
+            yield f"output {output.sop_instance_uid} is in a non-primary image set"
 
 
 def _is_segmented(series: Series) -> bool:
-    return any(output["sop_class_uid"] in SEGMENTATIONS for output in series.outputs)
+    return any(output.sop_class_uid in SEGMENTATIONS for output in series.outputs)
 
 
 def _overlay(client: Client, series: Series, out: Path) -> Path:
     """Fetch a series and its segmentation, and draw them."""
-    made = next(output for output in series.outputs if output["sop_class_uid"] in SEGMENTATIONS)
+    made = next(output for output in series.outputs if output.sop_class_uid in SEGMENTATIONS)
     folder = out.parent / "dicom" / out.stem
     slices = []
     for instance in _known(series.revision).instances:
         slices.append(folder / f"{instance.sop_instance_uid}.dcm")
         client.download(instance.key, slices[-1])
     segmentation = folder / "segmentation.dcm"
-    client.download(made["key"], segmentation)
+    client.download(made.key, segmentation)
     legend = "; ".join(LEGENDS[name] for name in series.maps if name in LEGENDS)
     return pictures.overlay(slices, segmentation, out, note=f"series …{series.series_uid[-12:]}   {legend}")
 
 
 def _real_and_generated(client: Client, training: Training, out: Path) -> Path:
     """Draw slices of the dataset beside generated ones."""
-    keys = [stored.key for stored in client.stored(f"datasets/{DATASET}/") if stored.key.endswith(".npy")]
+    keys = [stored.key for stored in client.stored(dataset_prefix(DATASET)) if stored.key.endswith(ARRAY_SUFFIX)]
     real = []
     for number, key in enumerate(keys[:REAL_ARRAYS]):
         real.append(out / "arrays" / f"real-{number}.npy")
         client.download(key, real[-1])
     generated = out / "arrays" / "generated.npy"
-    client.download(_known(training.completion)["images_array_key"], generated)
+    client.download(_known(training.completion).images_array_key, generated)
     return pictures.side_by_side(real, generated, out / "generated.png")

@@ -29,6 +29,7 @@ from cli.training.generate import generate as generated
 from deploy.local.stack import ROOT, SERVICES, Stack, StackFailed, StackMisconfigured, read_env
 from services.inference.reasons import several
 from shared.config import Misconfigured
+from shared.keys import report_page
 
 EXIT_FAILED, EXIT_USAGE, EXIT_SIGNAL = 1, 2, 128
 MAX_SEED = 2**63 - 1
@@ -201,15 +202,15 @@ def results(
 ) -> None:
     """Fetch what the MAPs made of a study: the newest outputs on each of its series, or why there are none."""
     found = orders.fetch_results(Client(context.obj), study, out)
-    failed = [result for result in found if result["outcome"] == "failed"]
+    failed = [one.outcome for one in found if one.outcome.outcome == "failed"]
     if json:
-        show.json(found)
+        show.json([one.summary() for one in found])
     else:
-        for result in found:
-            noticed = f", warnings: {', '.join(result['warnings'])}" if result["warnings"] else ""
-            show.say(f"{result['map']}: {result['outcome']}, {several(len(result['files']), 'file')}{noticed}")
-            show.paths(result["files"])
-        show.warnings(code for result in found for code in result["warnings"])
+        for one in found:
+            noticed = f", warnings: {', '.join(one.warnings)}" if one.warnings else ""
+            show.say(f"{one.outcome.map}: {one.outcome.outcome}, {several(len(one.paths), 'file')}{noticed}")
+            show.paths(one.paths)
+        show.warnings(code for one in found for code in one.warnings)
         show.failures(failed)
     if failed:
         raise typer.Exit(EXIT_FAILED)
@@ -228,15 +229,15 @@ def retry(
     client = Client(context.obj)
     failed = orders.retry(client, study)
     came = orders.wait_retried(client, study, failed, timeout) if wait else []
-    again = [one for one in came if one["outcome"] == "failed"]
+    again = [one for one in came if one.outcome == "failed"]
     if json:
         asked = [{"series": series, "map": name} for series, name in failed]
-        show.json({"asked": asked, "results": came})
+        show.json({"asked": asked, "results": [one.model_dump(mode="json") for one in came]})
     else:
         for series, name in failed:
             show.say(f"asked for {name} again on {series}")
         for one in came:
-            show.say(f"{one['map']}: {one['outcome']}")
+            show.say(f"{one.map}: {one.outcome}")
         show.failures(again)
         show.say("To fetch what comes of it:")
         show.paths([f"radqueue results {study} --out ./out"])
@@ -361,11 +362,11 @@ def report(
     asked = orders.month(month)
     client = Client(context.obj)
     made = orders.make_report(client, asked, timeout_s=timeout)
-    page = client.url(f"reports/{asked}.html")
+    page = client.url(report_page(asked))
     if out or open_:
         page = str(orders.save_report(client, asked, out or Path(tempfile.mkdtemp(prefix="radqueue-")))[-1].resolve())
     if json:
-        show.json(made | {"page": page})
+        show.json(made.model_dump(mode="json") | {"page": page})
     else:
         show.report(made)
         show.say(f"Page: {page}")

@@ -6,28 +6,37 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from cli.client import Client, Refused, WrongUsage, now
-from cli.study.journey import outcome_of
-from services.inference.records import result_prefix
+from cli.study.journey import FailedRun, Outcome, outcome_of
 from services.trainer import config
 from services.trainer.jsconfig import read_config
 from services.trainer.reasons import explained
 from services.trainer.strategy.policy import METRICS
-from shared.dicom import is_uid
+from shared import keys
+from shared.documents.reports import Report
+from shared.documents.revisions import Revision
+from shared.documents.training import StoredProgress
+from shared.keys import ResultKeys, TrainingKeys, is_uid
 from shared.messages import (
     EVENT_NAMESPACE,
+    CompletedTraining,
+    InferenceOutput,
     InferenceRequested,
     InferenceTask,
     Name,
+    OutputFile,
     ReportRequest,
     ReportRequested,
     TrainingRequest,
     TrainingRequested,
+    TrainingRound,
 )
 
 POLL_S = 1.0
@@ -36,7 +45,6 @@ Found = TypeVar("Found")
 Value = int | float | str | bool
 NAME: TypeAdapter[str] = TypeAdapter(Name)
 CONFIG = Path(config.__file__).with_name("config.js")
-RESULT = re.compile(r"results/[^/]+/(?P<series>[^/]+)/[^/]+/[^/@]+@[^/]+/(result|failure)\.json")
 OF_MODEL = re.compile(
     r"(config|first_config)\.js|(completed|manifest|medigan)\.json|generator\.\w+|card\.md|(curves|interpolation)\.png"
     r"|images\.(\w+\.)?\w+|tensorboard/[\w.]+"
@@ -56,35 +64,46 @@ def name(text: str) -> str:
 # Results.
 
 
-def fetch_results(client: Client, study_uid: str, out: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What came of a MAP, and where it was written to."""
+
+    outcome: Outcome
+    paths: tuple[Path, ...]
+    warnings: tuple[str, ...]
+    """Of the series."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `--json` prints of it."""
+        files = {"files": [str(path) for path in self.paths]}
+        return self.outcome.model_dump(mode="json") | files | {"warnings": self.warnings}
+
+
+def fetch_results(client: Client, study_uid: str, out: Path) -> list[Fetched]:
     """Write the newest outputs of every MAP on every series of a study into `out/<series>/<map>/`.
 
     Of a MAP that failed since, that is `failure.json`, and `log.txt` with what it printed.
-
-    Returns:
-        What each result.json says, or failure.json as `journey.outcome_of` has it, with `files`, the paths written, and
-        `warnings` of the series.
 
     Raises:
         Refused: the study has no results.
     """
     found = []
-    for (series, name), result in newest_results(client, study_uid).items():
+    for (series, name), outcome in newest_results(client, study_uid).items():
         folder = out / series / name
         folder.mkdir(parents=True, exist_ok=True)
-        if result["outcome"] == "failed":
-            files = [folder / "failure.json", *_download_log(client, result["log_key"], folder)]
-            files[0].write_text(json.dumps(result, indent=1))
+        if isinstance(outcome, FailedRun):
+            paths = [folder / "failure.json", *_download_log(client, outcome.log_key, folder)]
+            paths[0].write_text(outcome.model_dump_json(indent=1))
         else:
-            files = list(_download(client, result["outputs"], folder))
-            files += _download_files(client, result.get("files", []), folder)
-            (folder / "result.json").write_text(json.dumps(result, indent=1))
-        warnings = _revision(client, result).get("warnings", [])
-        found.append(result | {"files": [str(path) for path in files], "warnings": warnings})
+            paths = list(_download(client, outcome.outputs, folder))
+            paths += _download_files(client, outcome.files, folder)
+            (folder / "result.json").write_text(outcome.model_dump_json(indent=1))
+        revision = _revision(client, outcome)
+        found.append(Fetched(outcome, tuple(paths), revision.warnings if revision else ()))
     return found
 
 
-def newest_results(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any]]:
+def newest_results(client: Client, study_uid: str) -> dict[tuple[str, str], Outcome]:
     """Return what came last of each MAP on each series of a study, by series (or `study`) and MAP.
 
     Raises:
@@ -94,17 +113,17 @@ def newest_results(client: Client, study_uid: str) -> dict[tuple[str, str], dict
         raise WrongUsage(f"{study_uid} is no StudyInstanceUID")
     newest = _newest(client, study_uid)
     if not newest:
-        known = "has no results yet" if client.stored(f"studies/{study_uid}/", at_most=1) else "is not known"
+        known = "has no results yet" if client.stored(keys.study_prefix(study_uid), at_most=1) else "is not known"
         raise Refused(f"study {study_uid} {known}")
     return newest
 
 
-def _newest(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any]]:
+def _newest(client: Client, study_uid: str) -> dict[tuple[str, str], Outcome]:
     found = sorted(_results(client, study_uid), key=lambda one: _age(client, one[1]))
-    return {(series, result["map"]): result for series, result in found}
+    return {(series, outcome.map): outcome for series, outcome in found}
 
 
-def retry(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any]]:
+def retry(client: Client, study_uid: str) -> dict[tuple[str, str], FailedRun]:
     """Ask again for what failed of a study, where nothing came after it, and return those failures.
 
     The request that failed would only be answered by its failure, so this is another event. It is made of the failed
@@ -113,46 +132,46 @@ def retry(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any
     Raises:
         Refused: nothing of the study failed.
     """
-    failed = {one: told for one, told in newest_results(client, study_uid).items() if told["outcome"] == "failed"}
+    newest = newest_results(client, study_uid)
+    failed = {one: outcome for one, outcome in newest.items() if isinstance(outcome, FailedRun)}
     if not failed:
         raise Refused(f"nothing of study {study_uid} failed")
     for failure in failed.values():
-        task = InferenceTask.model_validate({name: failure[name] for name in InferenceTask.model_fields})
-        event = InferenceRequested.of(result_prefix(task), task, time=now())
-        client.send(event.model_copy(update={"id": str(uuid.uuid5(EVENT_NAMESPACE, f"retry {failure['attempt']}"))}))
+        task = InferenceTask(map=failure.map, map_digest=failure.map_digest, inputs=failure.inputs)
+        event = InferenceRequested.of(ResultKeys.of(task).prefix, task, time=now())
+        client.send(event.model_copy(update={"id": str(uuid.uuid5(EVENT_NAMESPACE, f"retry {failure.attempt}"))}))
     return failed
 
 
 def wait_retried(
-    client: Client, study_uid: str, failed: Mapping[tuple[str, str], dict[str, Any]], timeout_s: float
-) -> list[dict[str, Any]]:
+    client: Client, study_uid: str, failed: Mapping[tuple[str, str], FailedRun], timeout_s: float
+) -> list[Outcome]:
     """Wait until something came after each of these failures, and return that. Raises `Refused` when time is up."""
 
-    def came() -> list[dict[str, Any]] | None:
+    def came() -> list[Outcome] | None:
         newest = _newest(client, study_uid)  # a failure is not there while its MAP runs again
-        found = [newest[one] for one, told in failed.items() if one in newest and newest[one]["time"] > told["time"]]
+        found = [newest[one] for one, told in failed.items() if one in newest and newest[one].time > told.time]
         return found if len(found) == len(failed) else None
 
     return until(came, timeout_s, lambda: "it goes on; `radqueue results` tells what comes of it")
 
 
-def _results(client: Client, study_uid: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _results(client: Client, study_uid: str) -> Iterator[tuple[str, Outcome]]:
     """Yield the part of the key that names the series, and the result or the failure."""
-    found = {stored.key: RESULT.fullmatch(stored.key) for stored in client.stored(f"results/{study_uid}/")}
-    for key, match in found.items():
-        # A failure may stay behind when another request succeeds.
-        mended = key.endswith("/failure.json") and key.replace("/failure.json", "/result.json") in found
-        if match is not None and not mended and (told := outcome_of(client, key)):
-            yield match["series"], told
+    listed = (keys.stored_result(stored.key) for stored in client.stored(keys.results_prefix(study_uid)))
+    for found in dict.fromkeys(listed):
+        if found is not None and (outcome := outcome_of(client, found[1])) is not None:
+            yield found[0], outcome
 
 
-def _age(client: Client, result: dict[str, Any]) -> tuple[str, str]:
+def _age(client: Client, outcome: Outcome) -> tuple[datetime, datetime]:
     """Order results by their revisions: one of an older revision may have been finished later."""
-    return _revision(client, result).get("created", ""), result["time"]
+    revision = _revision(client, outcome)
+    return revision.created if revision else datetime.min.replace(tzinfo=UTC), outcome.time
 
 
-def _revision(client: Client, result: dict[str, Any]) -> dict[str, Any]:
-    return client.get_json(result["inputs"][0]["revision_key"]) or {}
+def _revision(client: Client, outcome: Outcome) -> Revision | None:
+    return client.read(keys.revision_of(outcome.inputs[0]))
 
 
 def _download_log(client: Client, key: str | None, folder: Path) -> Iterator[Path]:
@@ -161,18 +180,18 @@ def _download_log(client: Client, key: str | None, folder: Path) -> Iterator[Pat
         yield folder / "log.txt"
 
 
-def _download(client: Client, outputs: Sequence[dict[str, Any]], folder: Path) -> Iterator[Path]:
+def _download(client: Client, outputs: Sequence[InferenceOutput], folder: Path) -> Iterator[Path]:
     for output in outputs:
-        path = folder / f"{Path(output['sop_instance_uid']).name}.dcm"
-        client.download(output["key"], path)
+        path = folder / f"{output.sop_instance_uid}.dcm"
+        client.download(output.key, path)
         yield path
 
 
-def _download_files(client: Client, files: Sequence[dict[str, Any]], folder: Path) -> Iterator[Path]:
+def _download_files(client: Client, files: Sequence[OutputFile], folder: Path) -> Iterator[Path]:
     """Fetch what is no DICOM, each under the number and the name that its key ends in."""
     for file in files:
-        path = folder.joinpath(*Path(file["key"]).parts[-2:])
-        client.download(file["key"], path)
+        path = folder.joinpath(*Path(file.key).parts[-2:])
+        client.download(file.key, path)
         yield path
 
 
@@ -255,17 +274,18 @@ def require_data(client: Client, request: TrainingRequest) -> None:
     if request.data_uri is not None:
         return
     for dataset in request.classes.values() or [request.dataset]:
-        if not client.stored(f"datasets/{dataset}/", at_most=1):
+        if not client.stored(keys.dataset_prefix(dataset), at_most=1):
             raise Refused(f"there is no training data in the dataset {dataset}: upload images to it first")
 
 
 def require_same(client: Client, request: TrainingRequest) -> None:
     """Make sure that an id which was used before was this very request's. Raises `Refused`."""
-    taken = client.get_json(f"models/{request.request_id}/options.json")
+    taken = client.read(TrainingKeys(request.request_id).options)
     if taken is None:
         return
-    asked, before = request.model_dump(mode="json"), taken["request"]
-    if differing := [name for name, value in asked.items() if name in before and before[name] != value]:
+    # What an earlier version did not ask for, it left to the default, which may have been another one.
+    asked, before = request.model_dump(mode="json"), taken.request.model_dump(mode="json", exclude_unset=True)
+    if differing := [name for name, value in before.items() if asked[name] != value]:
         raise Refused(
             f"the request {request.request_id} was made before, with another {', '.join(differing)}: ask as before to "
             "go on with it, or with another --request-id for a new training"
@@ -283,18 +303,18 @@ class Training:
     def __init__(self, client: Client, request: TrainingRequest) -> None:
         """Begin, before the request is sent: a failure that is there now is an earlier try's, and is passed over."""
         self._client = client
-        self._folder = f"models/{request.request_id}"
-        self._earlier_failure = client.get_json(f"{self._folder}/failure.json")
+        self._keys = TrainingKeys(request.request_id)
+        self._earlier_failure = client.read(self._keys.failure)
         self.request, self.request_id = request, request.request_id
         self.state = "requested"
         """requested, training, approved, rounds used up, failed"""
-        self.rounds: list[dict[str, Any]] = []
-        """What each round's evaluation.json tells, and `rule`: why it had the parameters that it had."""
-        self.progress: dict[str, Any] | None = None
-        """What progress.json tells of the round that runs: round, step, of_steps, images_seen, losses, time."""
-        self.noted: dict[tuple[int, int], dict[str, Any]] = {}
+        self.rounds: list[TrainingRound] = []
+        """Those that are completed."""
+        self.progress: StoredProgress | None = None
+        """How far the round that runs is."""
+        self.noted: dict[tuple[int, int], StoredProgress] = {}
         """The first progress that was seen in each tenth of a round."""
-        self.completion: dict[str, Any] | None = None
+        self.completion: CompletedTraining | None = None
         self.reason_code: str | None = None
         """Why it failed."""
         self.why = ""
@@ -313,42 +333,42 @@ class Training:
     @property
     def approved(self) -> bool:
         """Whether the model that was kept is good enough."""
-        return self.completion is not None and bool(self.completion["approved"])
+        return self.completion is not None and self.completion.approved
 
     @property
     def keys(self) -> list[str]:
         """What was made, in the bucket."""
         if self.completion is None:
             return []
-        return [self.completion[name] for name in ("generator_key", "images_key", "images_array_key")]
+        return [self.completion.generator_key, self.completion.images_key, self.completion.images_array_key]
 
     def look(self) -> None:
         """Bring everything up to date. Raises `Refused` where the id turns out to be another request's."""
         if self.state == "requested":  # somebody else's request of this id may have been there before ours
             require_same(self._client, self.request)
-        while (done := self._client.get_json(self._round_key(len(self.rounds) + 1))) is not None:
-            self.rounds.append(done["told"])
+        while (done := self._client.read(self._keys.round(len(self.rounds) + 1).evaluation)) is not None:
+            self.rounds.append(done.told)
         self._look_into_the_round()
-        if (completed := self._client.get_json(f"{self._folder}/completed.json")) is not None:
-            self.completion = completed["told"]
+        if (completed := self._client.read(self._keys.completed)) is not None:
+            self.completion = completed.told
             self.state = "approved" if self.approved else "rounds used up"
-            self.why = self.completion.get("why_not", "")
+            self.why = self.completion.why_not
             return
-        failed = self._client.get_json(f"{self._folder}/failure.json")
+        failed = self._client.read(self._keys.failure)
         if failed is not None and failed != self._earlier_failure:
-            code = self.reason_code = failed["told"]["reason_code"]
+            code = self.reason_code = failed.told.reason_code
             self.state = f"failed: {code}"
-            self.why = explained(code, failed["told"]["numbers"])
-        elif self.rounds or self._client.exists(f"{self._folder}/options.json"):
+            self.why = explained(code, failed.told.numbers)
+        elif self.rounds or self._client.exists(self._keys.options.key):
             self.state = "training"
 
     def _look_into_the_round(self) -> None:
-        told = self._client.get_json(f"{self._folder}/progress.json")
-        if told is None or told["round"] <= len(self.rounds):  # of a round that ended
+        told = self._client.read(self._keys.progress)
+        if told is None or told.round <= len(self.rounds):  # of a round that ended
             self.progress = None
             return
         self.progress = told
-        self.noted.setdefault((told["round"], TENTHS * told["step"] // max(1, told["of_steps"])), told)
+        self.noted.setdefault((told.round, TENTHS * told.step // max(1, told.of_steps)), told)
 
     def wait(self, timeout_s: float, seen: Callable[["Training"], None] = lambda _: None) -> None:
         """Look until it ended; `seen` is called after each look. Raises `Refused` when time is up."""
@@ -369,10 +389,10 @@ class Training:
 
     def fetch(self, out: Path) -> list[Path]:
         """Write the model, its images and its rounds below `out`, and return the paths."""
-        names = (stored.key.removeprefix(f"{self._folder}/") for stored in self._client.stored(f"{self._folder}/"))
+        names = (stored.key.removeprefix(self._keys.prefix) for stored in self._client.stored(self._keys.prefix))
         paths = [out / name for name in names if OF_MODEL.fullmatch(name)]
         for path in paths:
-            self._client.download(f"{self._folder}/{path.relative_to(out)}", path)
+            self._client.download(self._keys.product(str(path.relative_to(out))), path)
         return paths
 
     def summary(self) -> dict[str, Any]:
@@ -385,37 +405,34 @@ class Training:
             "why": self.why,
             "rounds": [
                 {
-                    "round": done["round"],
-                    "steps": done["steps"],
-                    "rule": done["rule"],
-                    "approved": done["approved"],
-                    "duration_s": done["duration_s"],
-                    "why_not": done.get("why_not", ""),
-                    **done["evaluation"],
+                    "round": done.round,
+                    "steps": done.steps,
+                    "rule": done.rule,
+                    "approved": done.approved,
+                    "duration_s": done.duration_s,
+                    "why_not": done.why_not,
+                    **done.evaluation.model_dump(mode="json"),
                 }
                 for done in self.rounds
             ],
-            "progress": None if self.ended else self.progress,
+            "progress": None if self.ended or self.progress is None else self.progress.model_dump(mode="json"),
             "keys": self.keys,
         }
-
-    def _round_key(self, number: int) -> str:
-        return f"{self._folder}/rounds/{number}/evaluation.json"
 
 
 # Reports.
 
 
-def make_report(client: Client, month: str, *, timeout_s: float) -> dict[str, Any]:
+def make_report(client: Client, month: str, *, timeout_s: float) -> Report:
     """Ask for the report of a month, and return it when it is there. Raises `Refused` when time is up."""
     request = ReportRequest(month=month)
-    key = f"reports/{month}.json"
-    before = (client.get_json(key) or {}).get("generated_at")
+    document = keys.report(month)
+    before = client.read(document)
     client.send(ReportRequested.of(month, request, time=now()))
 
-    def newer() -> dict[str, Any] | None:
-        found = client.get_json(key)
-        return found if found is not None and found["generated_at"] != before else None
+    def newer() -> Report | None:
+        found = client.read(document)
+        return found if found is not None and (before is None or found.generated_at != before.generated_at) else None
 
     why = f"the report of {month} was not made; is the reporter running? (`radqueue status`)"
     return until(newer, timeout_s, lambda: why)
@@ -423,10 +440,10 @@ def make_report(client: Client, month: str, *, timeout_s: float) -> dict[str, An
 
 def save_report(client: Client, month: str, out: Path) -> list[Path]:
     """Write a report's numbers and its page, which links to them, into `out`, and return the paths."""
-    paths = [out / f"{month}.{ending}" for ending in ("json", "html")]
-    for path in paths:
-        client.download(f"reports/{path.name}", path)
-    return paths
+    paths = {key: out / Path(key).name for key in (keys.report(month).key, keys.report_page(month))}
+    for key, path in paths.items():
+        client.download(key, path)
+    return list(paths.values())
 
 
 def month(text: str | None) -> str:

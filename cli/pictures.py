@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom import Dataset, dcmread
 from pydicom.pixels.processing import apply_modality_lut
 
-from shared.dicom import silence
+from shared.pydicom_silence import silence
 
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]

@@ -1,11 +1,24 @@
 """What was done lately, read from the event log in the bucket: its newest objects, and no more than READ of them."""
 
-import json
-from datetime import datetime, timedelta
-from operator import itemgetter
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 from cli.client import Client, Stored, now
+from shared import keys
+from shared.errors import Unprocessable
+from shared.messages import (
+    CompletedInference,
+    Event,
+    FailedTraining,
+    InferenceCompleted,
+    InferenceFailed,
+    TrainingCompleted,
+    TrainingFailed,
+    UploadRejected,
+    decode,
+)
 
 DAYS = 2
 LISTED = 5_000
@@ -23,71 +36,72 @@ def recent(client: Client) -> dict[str, list[dict[str, Any]]]:
     """Return the newest results, rejections and trainings, the newest first, at most SHOWN of each."""
     found: dict[str, list[dict[str, Any]]] = {"results": [], "rejections": [], "trainings": []}
     for event in _events(client):
-        for title, row_of in ROWS.get(event.get("type", ""), ()):
+        for title, row_of in ROWS.get(type(event), ()):
             found[title].append(row_of(event))
     return {title: rows[:SHOWN] for title, rows in found.items()}
 
 
-def _events(client: Client) -> list[dict[str, Any]]:
+def _events(client: Client) -> list[Event]:
     """Return the events of the log's newest objects, the newest first, each once."""
     objects: list[Stored] = []
     for day in range(DAYS):
         date = (now() - timedelta(days=day)).date()
-        objects += client.stored(f"events/date={date}/", at_most=LISTED)
+        objects += client.stored(keys.events_of_day(f"{date}"), at_most=LISTED)
     newest = sorted(objects, key=lambda stored: stored.last_modified, reverse=True)[:READ]
-    events: dict[str, dict[str, Any]] = {}
-    for stored in newest:
-        for line in (client.get(stored.key) or b"").splitlines():
-            event = json.loads(line)
-            events[event["id"]] = event
-    return sorted(events.values(), key=itemgetter("time"), reverse=True)
+    events = {event.id: event for stored in newest for event in _read(client.get(stored.key) or b"")}
+    return sorted(events.values(), key=lambda event: event.time, reverse=True)
 
 
-def _second(time: str) -> str:
+def _read(lines: bytes) -> Iterator[Event]:
+    """Yield the events of some lines of the log; those of a newer version are passed over."""
+    for line in lines.splitlines():
+        with contextlib.suppress(Unprocessable):
+            event = decode(line.decode())
+            if isinstance(event, Event):
+                yield event
+
+
+def _second(event: Event) -> str:
     """Return the time without fractions of a second."""
-    return datetime.fromisoformat(time).isoformat(sep=" ", timespec="seconds")
+    return event.time.isoformat(sep=" ", timespec="seconds")
 
 
-def _result(event: dict[str, Any]) -> dict[str, Any]:
-    run = event["data"]
+def _result(event: InferenceCompleted | InferenceFailed) -> dict[str, Any]:
+    run = event.data
+    completed = run if isinstance(run, CompletedInference) else None
     return {
-        "time": _second(event["time"]),
-        "map": run["map"],
-        "outcome": run.get("outcome") or f"failed: {run['reason_code']}",
-        "study": run["inputs"][0]["study_uid"],
-        "outputs": len(run.get("outputs", [])),
-        "seconds": run.get("duration_s"),
+        "time": _second(event),
+        "map": run.map,
+        "outcome": run.outcome if isinstance(run, CompletedInference) else f"failed: {run.reason_code}",
+        "study": run.inputs[0].study_uid,
+        "outputs": len(completed.outputs) if completed else 0,
+        "seconds": completed.duration_s if completed else None,
     }
 
 
-def _rejection(event: dict[str, Any]) -> dict[str, Any]:
-    told = event["data"]
+def _rejection(event: UploadRejected) -> dict[str, Any]:
+    told = event.data
     return {
-        "time": _second(event["time"]),
-        "dataset": told["dataset"],
-        "reason": told["reason_code"],
-        "object_sha256": told["object_sha256"],
+        "time": _second(event),
+        "dataset": told.dataset,
+        "reason": told.reason_code,
+        "object_sha256": told.object_sha256,
     }
 
 
-def _training(event: dict[str, Any]) -> dict[str, Any]:
-    told = event["data"]
-    evaluation = told.get("evaluation") or {}
-    return {
-        "time": _second(event["time"]),
-        "request": told["request_id"],
-        "dataset": told["dataset"],
-        "outcome": f"failed: {told['reason_code']}" if "reason_code" in told else OUTCOME[told["approved"]],
-        "rounds": told.get("rounds"),
-        "relative_fd": evaluation.get("relative_fd"),
-    }
+def _training(event: TrainingCompleted | TrainingFailed) -> dict[str, Any]:
+    told = event.data
+    row = {"time": _second(event), "request": told.request_id, "dataset": told.dataset}
+    if isinstance(told, FailedTraining):
+        return {**row, "outcome": f"failed: {told.reason_code}", "rounds": None, "relative_fd": None}
+    outcome = "approved" if told.approved else "rounds used up"
+    return {**row, "outcome": outcome, "rounds": told.rounds, "relative_fd": told.evaluation.relative_fd}
 
 
-OUTCOME = {True: "approved", False: "rounds used up"}
-ROWS = {
-    "radqueue.inference.completed.v1": (("results", _result),),
-    "radqueue.inference.failed.v1": (("results", _result),),
-    "radqueue.upload.rejected.v1": (("rejections", _rejection),),
-    "radqueue.training.completed.v1": (("trainings", _training),),
-    "radqueue.training.failed.v1": (("trainings", _training),),
+ROWS: dict[type[Event], tuple[tuple[str, Callable[[Any], dict[str, Any]]], ...]] = {
+    InferenceCompleted: (("results", _result),),
+    InferenceFailed: (("results", _result),),
+    UploadRejected: (("rejections", _rejection),),
+    TrainingCompleted: (("trainings", _training),),
+    TrainingFailed: (("trainings", _training),),
 }

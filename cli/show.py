@@ -17,11 +17,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from services.ingest.reasons import REASONS, WARNINGS
+from shared.documents.reports import Report
+from shared.documents.training import StoredProgress
+from shared.messages import Evaluation, TrainingRound
 
 if TYPE_CHECKING:
     from cli.demo import Demo
     from cli.orders import Training
-    from cli.study.journey import Journey, Series
+    from cli.study.journey import FailedRun, Journey, Series
 
 STYLES = {"pushed": "green", "skipped": "cyan", "no_match": "cyan", "failed": "bold red", "rejected": "red"}
 LABELS = {"skipped": "skipped (no route)", "no_match": "no matching series"}
@@ -161,7 +164,7 @@ def journey(followed: "Journey") -> None:
     if followed.series:
         out.print(journey_table(followed))
         warnings(code for series in followed.series for code in series.warnings)
-        failures(one for series in followed.series for one in series.maps.values() if one["outcome"] == "failed")
+        failures(one for series in followed.series for one in series.maps.values() if one.outcome == "failed")
     together: dict[str, dict[str, None]] = defaultdict(dict)
     for rejection in followed.all_rejections:
         at = f" (at {rejection.place})" if rejection.place else ""
@@ -181,17 +184,17 @@ def warnings(codes: Iterable[str]) -> None:
         out.print(f"[yellow]warning[/]: {code}: {escape(WARNINGS.get(code, ''))}")
 
 
-def failures(found: Iterable[dict[str, Any]]) -> None:
+def failures(found: Iterable["FailedRun"]) -> None:
     """Print why MAPs failed, where, what to do and where the logs are, equal failures together."""
-    together: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    together: dict[tuple[str, ...], list[FailedRun]] = defaultdict(list)
     for one in found:
-        place = " ".join(filter(None, (one.get("error_type"), one.get("where"))))
-        together[one["map"], one["reason_code"], place].append(one)
+        place = " ".join(filter(None, (one.error_type, one.where)))
+        together[one.map, one.reason_code, place].append(one)
     for (name, code, place), alike in together.items():
         at = f" ({place})" if place else ""
-        out.print(f"[bold red]failed[/]: {escape(f'{name}: {code}{at}')}: {escape(alike[0]['why'])}.")
-        say(f"  {alike[0]['remedy']}")
-        paths(f"log: {log}" for log in dict.fromkeys(one["log"] for one in alike) if log)
+        out.print(f"[bold red]failed[/]: {escape(f'{name}: {code}{at}')}: {escape(alike[0].why)}.")
+        say(f"  {alike[0].remedy}")
+        paths(f"log: {log}" for log in dict.fromkeys(one.log for one in alike) if log)
 
 
 def _stage(series: "Series") -> str:
@@ -207,7 +210,7 @@ def _reached(series: "Series") -> float:
 
 
 def _outcomes(series: "Series") -> str:
-    return ", ".join(f"{name} {result.get('reason_code', result['outcome'])}" for name, result in series.maps.items())
+    return ", ".join(f"{name} {getattr(one, 'reason_code', one.outcome)}" for name, one in series.maps.items())
 
 
 def training_table(training: "Training") -> RenderableType:
@@ -220,45 +223,42 @@ def training_table(training: "Training") -> RenderableType:
         table.add_column(column, justify="right")
     table.add_column("warnings")
     for done in training.rounds:
-        found = done["evaluation"]
-        relative = f"[{'green' if done['approved'] else 'default'}]{found['relative_fd']:.2f}[/]"
-        numbers = f"{found['distance']:.2f}", f"{found['floor']:.2f}", relative, _coverage(found), _copies(found)
-        noticed = ", ".join(found.get("warnings") or [])
-        table.add_row(
-            str(done["round"]), done["rule"], str(done["steps"]), *numbers, f"{done['duration_s']:.1f}", noticed
-        )
+        found = done.evaluation
+        relative = f"[{'green' if done.approved else 'default'}]{found.relative_fd:.2f}[/]"
+        numbers = f"{found.distance:.2f}", f"{found.floor:.2f}", relative, _coverage(found), _copies(found)
+        noticed = ", ".join(found.warnings)
+        table.add_row(str(done.round), done.rule, str(done.steps), *numbers, f"{done.duration_s:.1f}", noticed)
     if training.ended or training.progress is None:
         return table
     told = training.progress
-    bar = ProgressBar(total=told["of_steps"], completed=told["step"], width=40)
+    bar = ProgressBar(total=told.of_steps, completed=told.step, width=40)
     return Group(table, Columns([bar, escape(_progress(told))]))
 
 
-def _coverage(found: dict[str, Any]) -> str:
+def _coverage(found: Evaluation) -> str:
     """Tell which share of real images the generated ones cover, and, behind it, how much other real images do."""
-    if not found.get("quality"):
+    if found.quality is None:
         return ""
-    real = found.get("real_quality")
-    return f"{found['quality']['coverage']:.2f}" + (f" of {real['coverage']:.2f}" if real else "")
+    real = found.real_quality
+    return f"{found.quality.coverage:.2f}" + (f" of {real.coverage:.2f}" if real else "")
 
 
-def _copies(found: dict[str, Any]) -> str:
-    tested = found.get("memorisation")
-    if not tested:
+def _copies(found: Evaluation) -> str:
+    if found.memorisation is None:
         return "not tested"
-    return "[bold red]found[/]" if tested["flagged"] else "none"
+    return "[bold red]found[/]" if found.copies else "none"
 
 
-def _progress(told: dict[str, Any]) -> str:
-    losses = f"losses {told['generator_loss']:.2f} (generator), {told['discriminator_loss']:.2f} (discriminator)"
-    steps = f"step {told['step']} of {told['of_steps']}, {told['images_seen']} images seen"
-    return f"round {told['round']}: {steps}, {losses}"
+def _progress(told: StoredProgress) -> str:
+    losses = f"losses {told.generator_loss:.2f} (generator), {told.discriminator_loss:.2f} (discriminator)"
+    steps = f"step {told.step} of {told.of_steps}, {told.images_seen} images seen"
+    return f"round {told.round}: {steps}, {losses}"
 
 
 def training_lines(training: "Training") -> list[str]:
     """Tell each tenth of a round, each round and the state."""
     lines = []
-    ended = {done["round"]: done for done in training.rounds}
+    ended = {done.round: done for done in training.rounds}
     for number in sorted({*ended, *(number for number, _ in training.noted)}):
         lines += [_progress(told) for (of, _), told in training.noted.items() if of == number]
         if (done := ended.get(number)) is not None:
@@ -266,15 +266,15 @@ def training_lines(training: "Training") -> list[str]:
     return [*lines, f"training {training.request_id}: {training.state}"]
 
 
-def _round_line(done: dict[str, Any]) -> str:
-    found = done["evaluation"]
-    told = [f"{found['metric']} {found['distance']:.2f}", f"relative {found['relative_fd']:.2f}"]
+def _round_line(done: TrainingRound) -> str:
+    found = done.evaluation
+    told = [f"{found.metric} {found.distance:.2f}", f"relative {found.relative_fd:.2f}"]
     if covered := _coverage(found):
         told.append(f"coverage {covered}")
-    if (found.get("memorisation") or {}).get("flagged"):
+    if found.copies:
         told.append("copies found")
-    noticed = f", warnings: {', '.join(found['warnings'])}" if found.get("warnings") else ""
-    return f"round {done['round']} ({done['rule']}): {', '.join(told)}, {done['duration_s']:.1f} s{noticed}"
+    noticed = f", warnings: {', '.join(found.warnings)}" if found.warnings else ""
+    return f"round {done.round} ({done.rule}): {', '.join(told)}, {done.duration_s:.1f} s{noticed}"
 
 
 def training(ended: "Training") -> None:
@@ -325,23 +325,22 @@ def demo(ran: "Demo") -> None:
     out.print(f"[bold {'red' if ran.failures else 'green'}]{ran.verdict}[/]")
 
 
-def report(made: dict[str, Any]) -> None:
+def report(made: Report) -> None:
     """Print a month's report in short."""
-    table = Table("what", "how many", title=f"Report of {made['month']}", title_justify="left")
-    series = made["series"]
-    table.add_row("events", str(made["n_events"]))
-    table.add_row("series, revisions", f"{series['n_series']}, {series['n_revisions']}")
-    for statistics in made["inference"]:
-        for outcome, count in statistics["outcomes"].items():
-            table.add_row(escape(f"{statistics['map']} {outcome}"), str(count))
-        for times in statistics["durations"]:
-            table.add_row(f"  seconds p50, p95 on {times['device']}", f"{times['p50_s']:.2f}, {times['p95_s']:.2f}")
-    for trained in made["training"]:
-        found = trained["evaluation"]
-        distance = f", relative distance {found['relative_fd']:.2f}" if found else ""
-        reason = f": {trained['reason_code']}" if trained["reason_code"] else ""
-        table.add_row(escape(f"training {trained['request_id']}"), f"{trained['status']}{reason}{distance}")
-    for reason, count in made["rejections_by_reason"].items():
+    table = Table("what", "how many", title=f"Report of {made.month}", title_justify="left")
+    table.add_row("events", str(made.n_events))
+    table.add_row("series, revisions", f"{made.series.n_series}, {made.series.n_revisions}")
+    for statistics in made.inference:
+        for outcome, count in statistics.outcomes.items():
+            table.add_row(escape(f"{statistics.map} {outcome}"), str(count))
+        for times in statistics.durations:
+            table.add_row(f"  seconds p50, p95 on {times.device}", f"{times.p50_s:.2f}, {times.p95_s:.2f}")
+    for trained in made.training:
+        found = trained.evaluation
+        distance = f", relative distance {found.relative_fd:.2f}" if found else ""
+        reason = f": {trained.reason_code}" if trained.reason_code else ""
+        table.add_row(escape(f"training {trained.request_id}"), f"{trained.status}{reason}{distance}")
+    for reason, count in made.rejections_by_reason.items():
         table.add_row(f"refused: {reason}", str(count))
     out.print(table)
 

@@ -33,7 +33,6 @@ from services.trainer.gan.reference_step import Training
 from services.trainer.gan.training import Progress
 from services.trainer.jsconfig import checked_config, modify_config_file, read_config
 from services.trainer.products.generation import save_grid
-from shared.dicom import silence
 from shared.errors import Unprocessable
 from shared.messages import (
     CompletedTraining,
@@ -42,6 +41,7 @@ from shared.messages import (
     TrainingRound,
     TrainingRoundCompleted,
 )
+from shared.pydicom_silence import silence
 
 __all__ = [
     "build_gan_model",

@@ -1,6 +1,6 @@
 """Doing a thing once: records in S3 that are written once, and the claim of the one who works on a record.
 
-Theory of operation. What a handler has to do ends with a record: a JSON object under a key that follows from the work.
+Theory of operation. What a handler has to do ends with a record: a document under a key that follows from the work.
 `once` looks for the record, and where there is none it takes the claim, works, stores the record and gives the claim
 back. The claim is a second object, only ever changed by compare-and-swap (`If-None-Match: *`, then `If-Match`). It
 names its owner, an epoch that is one higher with each owner, and the time at which it ends unless it is renewed.
@@ -34,10 +34,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ValidationError
-
 from shared.delivery import receive_count
-from shared.errors import Claimed, Continue, Unavailable, Unprocessable
+from shared.documents.claims import Claim
+from shared.documents.document import Document, Model, body_of
+from shared.errors import Claimed, Continue, Unavailable
 from shared.objects import ObjectMissing, ObjectStore
 
 RENEWALS = 3
@@ -47,73 +47,68 @@ LONGEST_GIVE_BACK_S = 5.0
 PATIENCE = 20
 """Receives after which a message that is turned away is sent anew: at its 50th, SQS would give it up."""
 
-Record = TypeVar("Record", bound=BaseModel)
 Other = TypeVar("Other")
 Result = TypeVar("Result")
 Clock = Callable[[], datetime]
 
 
-async def stored(objects: ObjectStore, key: str, kind: type[Record]) -> Record | None:
-    """Return the record under `key`, or None where there is none yet.
+async def stored(objects: ObjectStore, document: Document[Model]) -> Model | None:
+    """Return what a document holds, or None where there is none yet.
 
     Raises:
         Unprocessable: `invalid_record`: something else wrote there.
     """
     try:
-        return _parsed(await objects.get(key), key, kind)
+        return document.parse(await objects.get(document.key))
     except ObjectMissing:
         return None
 
 
-async def store_once(objects: ObjectStore, key: str, record: Record) -> Record:
+async def store(objects: ObjectStore, document: Document[Model], content: Model) -> None:
+    """Store a document, replacing what was there."""
+    await objects.put(document.key, body_of(content))
+
+
+async def store_once(objects: ObjectStore, document: Document[Model], record: Model) -> Model:
     """Store the record unless there is one already, and return the one that is there."""
-    if await objects.put_if_absent(key, record.model_dump_json(indent=1).encode()):
+    if await objects.put_if_absent(document.key, body_of(record)):
         return record
-    return await stored(objects, key, type(record)) or record
+    return await stored(objects, document) or record
 
 
 async def once(
     objects: ObjectStore,
-    key: str,
-    kind: type[Record],
-    work: Callable[[int], Awaitable[Record | Other]],
+    document: Document[Model],
+    work: Callable[[int], Awaitable[Model | Other]],
     *,
-    claim: str,
+    claim: Document[Claim],
     lease_s: float,
     clock: Clock,
-) -> Record | Other:
-    """Return the record under `key`; where there is none, have `work(epoch)` make it while holding the claim.
+) -> Model | Other:
+    """Return the record that `document` holds; where there is none, have `work(epoch)` make it while holding the claim.
 
-    What `work` returns that is no `kind`, None for example, is handed back, and no record is stored. `claim` is the key
-    of the claim. It ends `lease_s` seconds after its last renewal; choose at most half of the queue's visibility
-    timeout, and the claim of a worker that died ends before SQS gives its message to another one.
+    What `work` returns that is none, None for example, is handed back, and no record is stored. The claim ends
+    `lease_s` seconds after its last renewal; choose at most half of the queue's visibility timeout, and the claim of a
+    worker that died ends before SQS gives its message to another one.
 
     Raises:
         Claimed: another worker works on it, or took it over from this one, whose work was cancelled.
         Continue: the same, where the message was turned away so often that SQS would soon give it up.
-        Unprocessable: `invalid_record`: something else wrote under one of the keys.
+        Unprocessable: `invalid_record`: something else wrote the record or the claim.
         Unavailable: S3 does not answer.
     """
-    done = await stored(objects, key, kind)
+    done = await stored(objects, document)
     if done is not None:
         return done
 
-    async def do(epoch: int) -> Record | Other:
-        done = await stored(objects, key, kind)  # the last owner may have stored it just before the claim was free
+    async def do(epoch: int) -> Model | Other:
+        done = await stored(objects, document)  # the last owner may have stored it just before the claim was free
         if done is not None:
             return done
         made = await work(epoch)
-        return await store_once(objects, key, made) if isinstance(made, kind) else made
+        return await store_once(objects, document, made) if isinstance(made, document.model) else made
 
     return await _claimed(_Claim(objects, claim, lease_s, clock), do)
-
-
-class _Held(BaseModel):
-    """A claim as S3 holds it."""
-
-    owner: str
-    epoch: int
-    ends: AwareDatetime
 
 
 @dataclass(slots=True)
@@ -121,7 +116,7 @@ class _Claim:
     """A claim of this worker's."""
 
     objects: ObjectStore
-    key: str
+    document: Document[Claim]
     lease_s: float
     clock: Clock
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -138,9 +133,9 @@ class _Claim:
         self.epoch = held.epoch + 1 if held is not None else 1
         self.ends = self._end()
         if held is None:
-            await self.objects.put_if_absent(self.key, self._body())
+            await self.objects.put_if_absent(self.document.key, self._body())
         else:
-            await self.objects.put_if_match(self.key, self._body(), etag)
+            await self.objects.put_if_match(self.document.key, self._body(), etag)
         # The claim itself says who won: the answer to a write may have been lost, and botocore repeats it.
         held, etag = await self._seen()
         if held is None or held.owner != self.owner:
@@ -166,7 +161,7 @@ class _Claim:
     async def _write(self, ends: datetime) -> bool:
         """Have the claim end at `ends`; tells whether it is still ours."""
         while self.etag:
-            etag = await self.objects.put_if_match(self.key, self._body(ends), self.etag)
+            etag = await self.objects.put_if_match(self.document.key, self._body(ends), self.etag)
             if etag is not None:
                 self.ends, self.etag = ends, etag
                 return True
@@ -175,18 +170,18 @@ class _Claim:
             self.etag = seen if held is not None and held.owner == self.owner else ""
         return False
 
-    async def _seen(self) -> tuple[_Held | None, str]:
+    async def _seen(self) -> tuple[Claim | None, str]:
         try:
-            body, etag = await self.objects.get_with_etag(self.key)
+            body, etag = await self.objects.get_with_etag(self.document.key)
         except ObjectMissing:
             return None, ""
-        return _parsed(body, self.key, _Held), etag
+        return self.document.parse(body), etag
 
     def _end(self) -> datetime:
         return self.clock() + timedelta(seconds=self.lease_s)
 
     def _body(self, ends: datetime | None = None) -> bytes:
-        return _Held(owner=self.owner, epoch=self.epoch, ends=ends or self.ends).model_dump_json().encode()
+        return body_of(Claim(owner=self.owner, epoch=self.epoch, ends=ends or self.ends))
 
 
 async def _claimed(claim: _Claim, work: Callable[[int], Awaitable[Result]]) -> Result:
@@ -210,10 +205,3 @@ async def _claimed(claim: _Claim, work: Callable[[int], Awaitable[Result]]) -> R
 def _turned_away(why: str) -> Exception:
     """Return what gives the message back, for as long as another worker is at it."""
     return Claimed(why) if receive_count() < PATIENCE else Continue(why)
-
-
-def _parsed(body: bytes, key: str, kind: type[Record]) -> Record:
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError:
-        raise Unprocessable("invalid_record", key) from None

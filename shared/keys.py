@@ -132,6 +132,16 @@ def upload(dataset: str, name: str) -> str:
     return f"{INCOMING}{dataset}/{name}"
 
 
+def dataset_of(upload_key: str) -> str:
+    """Return the dataset in the key of an upload."""
+    return upload_key.removeprefix(INCOMING).partition("/")[0]
+
+
+def released(dataset: str, sha256: str) -> str:
+    """Return the key of a refused object that is given to ingest once more."""
+    return upload(dataset, f"released/{sha256}")
+
+
 @dataclass(frozen=True)
 class Quarantined:
     """The keys of one object in quarantine."""
@@ -201,6 +211,11 @@ def revisions_prefix(study_uid: str, series_uid: str) -> str:
 def revision(study_uid: str, series_uid: str, digest: str) -> Document[Revision]:
     """Return a revision of a series."""
     return Document(f"{revisions_prefix(study_uid, series_uid)}{digest}.json", Revision)
+
+
+def document_of(revision: Revision) -> Document[Revision]:
+    """Return where a revision lies."""
+    return Document(f"{revisions_prefix(revision.study_uid, revision.series_uid)}{revision.digest}.json", Revision)
 
 
 def revision_of(series: SeriesRef) -> Document[Revision]:

@@ -28,9 +28,9 @@ from services.inference.serving.runner import Serving
 from services.inference.settings import InferenceSettings
 from shared.child import ChildFailed
 from shared.config import load
-from shared.dicom import silence
 from shared.errors import Unavailable
 from shared.log import setup
+from shared.pydicom_silence import silence
 
 NAME = "map"
 Environ = Mapping[str, str]

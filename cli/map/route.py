@@ -20,8 +20,11 @@ from services.inference.routing import RoutingTable, read
 from services.inference.settings import InferenceSettings
 from services.ingest.assembly import DEFER_BYTES
 from services.ingest.series import describe
+from shared import keys
 from shared.config import load
-from shared.dicom import Revision, StoredInstance, is_uid, silence
+from shared.documents.revisions import Revision, StoredInstance
+from shared.keys import is_uid
+from shared.pydicom_silence import silence
 
 
 def route(environ: Mapping[str, str], study: str, maps: str | None) -> dict[str, Any]:
@@ -82,9 +85,9 @@ def _text(place: str, environ: Mapping[str, str]) -> str:
 def _stored(client: Client, study_uid: str) -> list[Revision]:
     """Return the newest revision of each series of a study that ingest has stored."""
     newest: dict[str, Revision] = {}
-    for item in client.stored(f"studies/{study_uid}/"):
-        if "/revisions/" in item.key:
-            revision = Revision.parse(client.get(item.key) or b"")
+    for item in client.stored(keys.study_prefix(study_uid)):
+        document = keys.stored_revision(item.key)
+        if document is not None and (revision := client.read(document)) is not None:
             before = newest.get(revision.series_uid, revision)
             newest[revision.series_uid] = max(before, revision, key=lambda one: one.created)
     if not newest:

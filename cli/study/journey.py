@@ -13,13 +13,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cli.client import Client, Refused, Stored
 from cli.study.uploads import Instance, Upload, instances
 from services.inference.reasons import explained
-from services.inference.records import StudyRouting, result_prefix, study_prefix
-from shared.dicom import Revision, revision_key, series_prefix, stored_instance
+from shared import keys
+from shared.documents.document import Document
+from shared.documents.inference import Failure, Result, StudyRouting
+from shared.documents.revisions import Revision
+from shared.keys import ResultKeys
+from shared.messages import InferenceOutput, SeriesRef
 
 POLL_S = 1.0
 HINT_AFTER_S = 30.0
@@ -39,6 +43,22 @@ ENDS = {"pushed", "skipped", "no_match", "failed", "rejected"}
 
 OF_FAILURE = ("reason_code", "error_type", "where", "why", "remedy", "log")
 """What is told of a MAP that failed."""
+
+
+class FailedRun(Failure):
+    """What a `failure.json` says, for people too."""
+
+    outcome: Literal["failed"] = "failed"
+    why: str
+    remedy: str
+    log_key: str | None
+    """Where what the MAP printed is in the bucket; None where it was not run, or the log is gone."""
+    log: str | None
+    """The same as a URL."""
+
+
+Outcome = Result | FailedRun
+"""What came of a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +87,8 @@ class Series:
     """By SOPInstanceUID, the other data sets under it: ingest takes one, and which one is not known before."""
     stage: str = "uploaded"
     digest: str | None = None
-    maps: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What each MAP's result.json says, or its failure.json as `outcome_of` has it, by the MAP's name."""
+    maps: dict[str, Outcome] = field(default_factory=dict)
+    """What came of each MAP, by its name."""
     rejections: list[Rejection] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Since the following began, when each stage was first seen."""
@@ -93,7 +113,7 @@ class Series:
     @property
     def revision(self) -> Revision | None:
         """The revision that is followed."""
-        return self.revisions.get(revision_key(self.study_uid, self.series_uid, self.digest or ""))
+        return self.revisions.get(keys.revision(self.study_uid, self.series_uid, self.digest or "").key)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -106,9 +126,9 @@ class Series:
         return self.revision.geometry.verdict if self.revision and self.revision.geometry else None
 
     @property
-    def outputs(self) -> list[dict[str, Any]]:
+    def outputs(self) -> list[InferenceOutput]:
         """The instances that the MAPs made."""
-        return [output for result in self.maps.values() for output in result.get("outputs", [])]
+        return [output for outcome in self.maps.values() for output in outputs_of(outcome)]
 
     def summary(self) -> dict[str, Any]:
         """Return what `--json` prints of it."""
@@ -124,11 +144,11 @@ class Series:
             "results": [
                 {
                     "map": called,
-                    "outcome": result["outcome"],
-                    **{name: result.get(name) for name in (*OF_FAILURE, "duration_s")},
-                    "outputs": result.get("outputs", []),
+                    "outcome": outcome.outcome,
+                    **{name: getattr(outcome, name, None) for name in (*OF_FAILURE, "duration_s")},
+                    "outputs": [output.model_dump(mode="json") for output in outputs_of(outcome)],
                 }
-                for called, result in self.maps.items()
+                for called, outcome in self.maps.items()
             ],
             "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
         }
@@ -161,7 +181,7 @@ class Journey:
             for instance in found:
                 uids = instance.study_uid, instance.series_uid
                 if uids not in by_uid:
-                    by_uid[uids] = Series(*uids, instance.modality, upload.key.split("/")[1], {})
+                    by_uid[uids] = Series(*uids, instance.modality, keys.dataset_of(upload.key), {})
                     self.series.append(by_uid[uids])
                 other = by_uid[uids].expected.setdefault(instance.sop_instance_uid, instance)
                 if other != instance:
@@ -248,10 +268,10 @@ class Journey:
         if series.digest is None or series.looks % LOOKS_PER_LISTING == 0:
             self._find_revision(series)
         if series.digest is not None:
-            self._find_results(series, f"results/{series.study_uid}/{series.series_uid}/{series.digest}/")
+            self._find_results(series, series.digest)
 
     def _find_revision(self, series: Series) -> None:
-        found = self._client.stored(series_prefix(series.study_uid, series.series_uid))
+        found = self._client.stored(keys.series_prefix(series.study_uid, series.series_uid))
         self._find_missing(series, found)
         if not series.expected:
             series.stage = "rejected"
@@ -262,7 +282,8 @@ class Journey:
 
     def _find_missing(self, series: Series, found: Sequence[Stored]) -> None:
         """Look for each instance that is not stored among the refused ones."""
-        stored = {(item.sop_instance_uid, item.sha) for item in map(stored_instance, _keys(found)) if item is not None}
+        listed = map(keys.stored_instance, _keys(found))
+        stored = {(item.sop_instance_uid, item.sha) for item in listed if item is not None}
         stored_uids = {sop_instance_uid for sop_instance_uid, _ in stored}
         missing = [
             instance
@@ -290,37 +311,46 @@ class Journey:
         """Return the newest revision that holds everything uploaded."""
         expected = {(uid, instance.sha) for uid, instance in series.expected.items()}
         for stored in sorted(found, key=lambda item: item.last_modified, reverse=True):
-            if "/revisions/" not in stored.key or not stored.key.endswith(".json"):
+            document = keys.stored_revision(stored.key)
+            if document is None:
                 continue
-            if stored.key not in series.revisions:
-                series.revisions[stored.key] = Revision.parse(self._client.get(stored.key) or b"")
-            revision = series.revisions[stored.key]
+            revision = series.revisions.get(stored.key) or self._client.read(document)
+            if revision is None:
+                continue
+            series.revisions[stored.key] = revision
             held = {(item.sop_instance_uid, item.sha) for item in revision.instances}
             uids = {uid for uid, _ in held}
             if all((uid, sha) in held if sha else uid in uids for uid, sha in expected):
                 return revision
         return None
 
-    def _find_results(self, series: Series, prefix: str) -> None:
-        keys = _keys(self._client.stored(prefix))
-        if f"{prefix}routing.json" not in keys:
+    def _find_results(self, series: Series, digest: str) -> None:
+        revision = keys.revision(series.study_uid, series.series_uid, digest)
+        ref = SeriesRef(
+            study_uid=series.study_uid, series_uid=series.series_uid, digest=digest, revision_key=revision.key
+        )
+        prefix, document = keys.revision_results_prefix(ref), keys.routing(ref)
+        found = _keys(self._client.stored(prefix))
+        if document.key not in found:
             return
-        if series.routes is None or series.routed_digest != series.digest:
-            routing = self._client.get_json(f"{prefix}routing.json") or {}
-            series.routes, series.routed_digest = [route["map"] for route in routing["maps"]], series.digest
-            series.study_routes = routing.get("study_maps", [])
-        starts = {name: f"{prefix}{name}@" for name in series.routes}
+        if series.routes is None or series.routed_digest != digest:
+            routing = self._client.read(document)
+            if routing is None:
+                return
+            series.routes, series.routed_digest = [route.map for route in routing.maps], digest
+            series.study_routes = list(routing.study_maps)
+        starts = {name: keys.map_results_prefix(prefix, name) for name in series.routes}
         if series.study_routes:
             given = self._study_results(series)
             if given is None:
                 return  # the study has not settled yet
             starts |= given
-            keys += [key for start in given.values() for key in _keys(self._client.stored(start))]
+            found += [key for start in given.values() for key in _keys(self._client.stored(start))]
         for name, start in starts.items():
-            ended = _ended(keys, start) if name not in series.maps else None
-            if ended is not None and (told := outcome_of(self._client, ended)):
-                series.maps[name] = told
-        series.stage = _stage_of(series, starts, keys)
+            ended = _ended(found, start) if name not in series.maps else None
+            if ended is not None and (outcome := outcome_of(self._client, ended)):
+                series.maps[name] = outcome
+        series.stage = _stage_of(series, starts, found)
 
     def _study_results(self, series: Series) -> dict[str, str] | None:
         """Return where each MAP's results of the whole study are, by the newest decision that has this revision.
@@ -328,28 +358,30 @@ class Journey:
         None: nothing was decided yet. A MAP that another worker's table had, and the deciding one's has not, is left
         out.
         """
-        prefix = study_prefix(series.study_uid)
-        decided = []
-        for key in _keys(self._client.stored(prefix)):
-            if key.endswith("/routing.json"):
-                if key not in self._decisions:
-                    self._decisions[key] = StudyRouting.model_validate_json(self._client.get(key) or b"")
-                decided.append(self._decisions[key])
+        listed = map(keys.stored_study_routing, _keys(self._client.stored(keys.study_results_prefix(series.study_uid))))
+        decided = [routing for document in listed if document and (routing := self._decision(document))]
         uids = series.series_uid, series.digest
         fitting = [one for one in decided if uids in [(ref.series_uid, ref.digest) for ref in one.series]]
         if not fitting:
             return None
         newest = max(fitting, key=lambda one: one.time)
         tasks = [task for task in newest.tasks if task.map in series.study_routes]
-        return {task.map: result_prefix(task).rpartition("@")[0] + "@" for task in tasks}
+        return {task.map: ResultKeys.of(task).of_any_version for task in tasks}
+
+    def _decision(self, document: Document[StudyRouting]) -> StudyRouting | None:
+        """Read what was decided for a study, once: it never changes."""
+        routing = self._decisions.get(document.key) or self._client.read(document)
+        if routing is not None:
+            self._decisions[document.key] = routing
+        return routing
 
     def _rejection(self, sha256: str, upload_sha256: str) -> Rejection | None:
         upload = self._uploads[upload_sha256]
-        key = f"quarantine/{sha256}/reason.json"
-        reason = self._client.get_json(key)
-        if reason is None or self._is_older(key, upload.key):
+        document = keys.Quarantined(sha256).reason
+        reason = self._client.read(document)
+        if reason is None or self._is_older(document.key, upload.key):
             return None
-        return Rejection(upload.path, sha256, reason["reason_code"], reason["place"])
+        return Rejection(upload.path, sha256, reason.reason_code, reason.place)
 
     def _is_older(self, key: str, than: str) -> bool:
         """Compare when two objects were written, by S3's own clock; False where one is gone."""
@@ -357,23 +389,24 @@ class Journey:
         return written is not None and other is not None and written < other
 
 
-def outcome_of(client: Client, key: str) -> dict[str, Any]:
-    """Return what a `result.json` says, or a `failure.json` with `outcome`, `why` and `remedy`, and `log`, a URL.
-
-    Empty where a failure is gone: its MAP runs again.
-    `log_key` is where what the MAP printed is in the bucket; None where it was not run, or the log is gone.
-    """
-    record = client.get_json(key) or {}
-    if not record or key.endswith("/result.json"):
-        return record
-    prefix = key.rpartition("/")[0]
+def outcome_of(client: Client, place: ResultKeys) -> Outcome | None:
+    """Return what came of a request; None where a failure is gone: its MAP runs again."""
+    result = client.read(place.result)
+    failure = client.read(place.failure) if result is None else None
+    if failure is None:
+        return result
     # What was pushed, and refused, another attempt may have made.
-    made = client.get_json(f"{prefix}/outputs.json") or {}
-    logs = [f"{prefix}/attempts/{one['attempt']}/log.txt" for one in (record, made) if "attempt" in one]
+    made = client.read(place.outputs)
+    logs = [place.log(one.attempt) for one in (failure, made) if one is not None]
     log = next((log for log in logs if client.exists(log)), None)
-    why, remedy = explained(record["reason_code"])
-    more = {"log_key": log, "log": client.url(log) if log is not None else None}
-    return record | {"outcome": "failed", "why": why, "remedy": remedy, **more}
+    why, remedy = explained(failure.reason_code)
+    url = client.url(log) if log is not None else None
+    return FailedRun(**failure.model_dump(), why=why, remedy=remedy, log_key=log, log=url)
+
+
+def outputs_of(outcome: Outcome) -> tuple[InferenceOutput, ...]:
+    """Return the instances that came of a request."""
+    return outcome.outputs if isinstance(outcome, Result) else ()
 
 
 def _is_about(rejection: Rejection, member: int) -> bool:
@@ -382,29 +415,33 @@ def _is_about(rejection: Rejection, member: int) -> bool:
     return not withheld or f"#{member}:" in rejection.place or rejection.place.endswith("…")
 
 
-def _under(keys: Iterable[str], start: str, ending: str) -> str | None:
-    """Return the key of a MAP's record; its digest is left open, as a worker with a newer MAP answers under its own."""
-    return next((key for key in keys if key.startswith(start) and key.endswith("/" + ending)), None)
+def _places(found: Iterable[str], start: str) -> list[ResultKeys]:
+    """Return a MAP's results; their versions are left open, as a worker with a newer MAP answers under its own."""
+    listed = (keys.stored_result(key) for key in found if key.startswith(start))
+    return list(dict.fromkeys(one[1] for one in listed if one is not None))
 
 
-def _ended(keys: Sequence[str], start: str) -> str | None:
-    return _under(keys, start, "result.json") or _under(keys, start, "failure.json")
+def _ended(found: Sequence[str], start: str) -> ResultKeys | None:
+    places = _places(found, start)
+    with_result = (place for place in places if place.result.key in found)
+    with_failure = (place for place in places if place.failure.key in found)
+    return next(with_result, None) or next(with_failure, None)
 
 
-def _stage_of(series: Series, starts: dict[str, str], keys: Sequence[str]) -> str:
+def _stage_of(series: Series, starts: dict[str, str], found: Sequence[str]) -> str:
     if not starts:
         return "skipped"
     if starts.keys() <= series.maps.keys():
         return _end_of(series.maps.values())
-    inferred = all(_under(keys, start, "outputs.json") for start in starts.values())
+    inferred = all(any(place.outputs.key in found for place in _places(found, start)) for start in starts.values())
     return "inferred" if inferred else series.stage
 
 
-def _end_of(results: Iterable[dict[str, Any]]) -> str:
-    outcomes = {result["outcome"] for result in results}
-    if "failed" in outcomes:
+def _end_of(outcomes: Iterable[Outcome]) -> str:
+    ends = {outcome.outcome for outcome in outcomes}
+    if "failed" in ends:
         return "failed"
-    return "pushed" if "completed" in outcomes else "no_match"
+    return "pushed" if "completed" in ends else "no_match"
 
 
 def _keys(found: Iterable[Stored]) -> list[str]:

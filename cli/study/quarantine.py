@@ -10,7 +10,6 @@ IAM, beyond `cli/client.py`: s3:GetObject and s3:PutObject on `quarantine/*`.
 """
 
 import hashlib
-import json as json_module
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,8 +22,10 @@ from rich.table import Table
 from cli import orders, show
 from cli.client import Client, Refused, WrongUsage, now
 from services.ingest.reasons import REASONS
+from shared import keys
+from shared.documents.uploads import StoredRelease
+from shared.keys import QUARANTINE, Quarantined
 
-PREFIX = "quarantine/"
 SHORT = 12
 """Digits of a hash that people are shown, and more than enough to name one."""
 
@@ -47,33 +48,25 @@ class Refusal:
     released: str | None
     """When this refusal was answered by a release."""
 
-    @property
-    def key(self) -> str:
-        """Where the object lies, if it does."""
-        return f"{PREFIX}{self.sha256}/object"
-
 
 def refusals(client: Client, prefix: str = "") -> Iterator[Refusal]:
     """Yield what is in quarantine, by hash, which begins with `prefix`."""
-    sizes = {stored.key: stored.size for stored in client.stored(f"{PREFIX}{prefix}")}
-    for key in sizes:
-        sha256, _, name = key.removeprefix(PREFIX).partition("/")
-        if name != "reason.json":
-            continue
-        reason = client.get_json(key)
+    sizes = {stored.key: stored.size for stored in client.stored(f"{QUARANTINE}{prefix}")}
+    for sha256 in dict.fromkeys(key.removeprefix(QUARANTINE).partition("/")[0] for key in sizes):
+        place = Quarantined(sha256)
+        reason = client.read(place.reason) if place.reason.key in sizes else None
         if reason is None:
             continue
-        releasing = f"{PREFIX}{sha256}/released.json"
-        answered = client.get_json(releasing) if releasing in sizes else None
+        answered = client.read(place.released) if place.released.key in sizes else None
         yield Refusal(
             sha256=sha256,
-            reason_code=reason["reason_code"],
-            place=reason["place"],
-            dataset=reason["dataset"],
-            upload_key_sha256=reason["upload_key_sha256"],
-            time=reason["time"],
-            bytes=sizes.get(f"{PREFIX}{sha256}/object"),
-            released=answered["time"] if answered and answered["reason"] == reason else None,
+            reason_code=reason.reason_code,
+            place=reason.place,
+            dataset=reason.dataset,
+            upload_key_sha256=reason.upload_key_sha256,
+            time=reason.time.isoformat(),
+            bytes=sizes.get(place.object),
+            released=answered.time.isoformat() if answered and answered.reason == reason else None,
         )
 
 
@@ -110,19 +103,19 @@ def release(client: Client, refusal: Refusal, dataset: str | None = None) -> str
     Raises:
         Refused: the object is gone.
     """
-    source = refusal.key if refusal.bytes is not None else _uploaded(client, refusal)
-    to = f"incoming/{dataset or refusal.dataset}/released/{refusal.sha256}"
-    reason = client.get_json(f"{PREFIX}{refusal.sha256}/reason.json")
-    answer = {"time": now().isoformat(), "reason": reason}
+    place = Quarantined(refusal.sha256)
+    source = place.object if refusal.bytes is not None else _uploaded(client, refusal)
+    to = keys.released(dataset or refusal.dataset, refusal.sha256)
     # Before the copy: a refusal that comes of it is younger, and no answer to it is there.
-    client.put(f"{PREFIX}{refusal.sha256}/released.json", json_module.dumps(answer, indent=1).encode())
+    if (reason := client.read(place.reason)) is not None:
+        client.store(place.released, StoredRelease(time=now(), reason=reason))
     client.copy(source, to)
     return to
 
 
 def _uploaded(client: Client, refusal: Refusal) -> str:
     """Find the object that stayed where it was: only the hash of its key is known."""
-    for stored in client.stored("incoming/"):
+    for stored in client.stored(keys.INCOMING):
         if hashlib.sha256(stored.key.encode()).hexdigest() == refusal.upload_key_sha256:
             return stored.key
     raise Refused(f"the object {refusal.sha256[:SHORT]} stayed where it was uploaded, and is gone from there")

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.client import Client, Refused
-from shared.dicom import COMPLETE, is_uid, sha_of, silence
+from shared import keys
+from shared.documents.revisions import sha_of
+from shared.keys import COMPLETE, is_uid
+from shared.pydicom_silence import silence
 
 CHUNK_BYTES = 1024 * 1024
 AT_ONCE = 4
@@ -72,8 +75,7 @@ def collect(paths: Sequence[Path], dataset: str) -> list[Upload]:
             size = path.stat().st_size
         except OSError as error:
             raise Refused(f"cannot read {path}: {error.strerror}") from None
-        key = f"incoming/{dataset}/{digest}{_suffix(path)}"
-        uploads.setdefault(digest, Upload(path, key, size, digest))
+        uploads.setdefault(digest, Upload(path, keys.upload(dataset, f"{digest}{_suffix(path)}"), size, digest))
     if not uploads:
         raise Refused(f"there is no file in {', '.join(map(str, paths))}")
     return list(uploads.values())

@@ -5,15 +5,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from cli.client import Client, Refused, WrongUsage
 from cli.orders import name
-
-if TYPE_CHECKING:
-    from services.trainer.records import StoredDescription
+from shared.documents.training import StoredDescription
+from shared.keys import TrainingKeys
 
 DESCRIPTION, WEIGHTS = "generator.json", "generator.pt"
 Told = Callable[[int], None]
@@ -39,13 +38,13 @@ def opened(model: str, environ: Mapping[str, str]) -> Iterator[Path]:
             raise Refused(f"{model} has no {' and no '.join(missing)}: a folder that `radqueue train --out` wrote has")
         yield Path(model)
         return
-    key = f"models/{name(model)}"
+    keys = TrainingKeys(name(model))
     client = Client(environ)
     with tempfile.TemporaryDirectory(prefix="radqueue-model-") as folder:
         for file in (DESCRIPTION, WEIGHTS):
-            if not client.exists(f"{key}/{file}"):
-                raise Refused(f"there is no folder {model}, and no finished model {client.url(key)}")
-            client.download(f"{key}/{file}", Path(folder) / file)
+            if not client.exists(keys.product(file)):
+                raise Refused(f"there is no folder {model}, and no finished model {client.url(keys.folder)}")
+            client.download(keys.product(file), Path(folder) / file)
         yield Path(folder)
 
 
@@ -111,9 +110,7 @@ def generate(
     }
 
 
-def _described(path: Path) -> "StoredDescription":
-    from services.trainer.records import StoredDescription  # noqa: PLC0415
-
+def _described(path: Path) -> StoredDescription:
     try:
         return StoredDescription.model_validate_json(path.read_bytes())
     except ValidationError as error:

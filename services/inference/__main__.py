@@ -13,7 +13,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from services.inference import stable_studies
 from services.inference.handler import infer, route
 from services.inference.package.engine import Engine
-from services.inference.records import result_prefix
 from services.inference.routing import Target
 from services.inference.serving.gpus import Share
 from services.inference.serving.runner import Bounds, MapRunner, WorkerUnfit
@@ -31,8 +30,8 @@ from services.inference.targets.archive import (
 from shared.aws import Aws
 from shared.concurrency import KeyedLocks
 from shared.config import Misconfigured
-from shared.dicom import silence
 from shared.dicomweb import Auth, Basic, Bearer, DicomWeb, SigV4, base_url
+from shared.keys import ResultKeys
 from shared.messages import (
     InferenceCompleted,
     InferenceFailed,
@@ -46,6 +45,7 @@ from shared.messages import (
 )
 from shared.metrics import Metrics
 from shared.objects import ObjectStore
+from shared.pydicom_silence import silence
 from shared.queue import Handler, Publisher, consume
 from shared.service import run
 
@@ -142,7 +142,7 @@ def in_turn(handle_request: Callable[[InferenceRequested], Awaitable[None]], sto
 
     async def handle(requested: InferenceRequested) -> None:
         try:
-            async with locks(result_prefix(requested.data)):
+            async with locks(ResultKeys.of(requested.data).prefix):
                 await handle_request(requested)
         except WorkerUnfit:
             stop.set()

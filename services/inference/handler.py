@@ -11,23 +11,18 @@ from pathlib import Path, PurePosixPath
 from services.inference import outputs as made_outputs
 from services.inference import stable_studies
 from services.inference.outputs import LONGEST, MadeInstance, OutputRefused, Scrubber
-from services.inference.records import (
-    Failure,
-    Outputs,
-    Result,
-    RoutedMap,
-    Routing,
-    result_prefix,
-    routing_prefix,
-)
 from services.inference.routing import Route
 from services.inference.serving.runner import LOG_TAIL_BYTES, MapRunner, Run, Study
 from services.inference.serving.versions import InstalledMap
 from services.inference.targets.archive import Archive, Archives, Instance, PushRejected
+from shared import keys
 from shared.concurrency import all_of, temporary_folder
-from shared.dicom import Revision, revision_key, series_prefix
+from shared.documents.document import Document
+from shared.documents.inference import Failure, Outputs, Result, RoutedMap, Routing
+from shared.documents.revisions import Revision
 from shared.errors import Unavailable, Unprocessable
 from shared.idempotency import once, store_once, stored
+from shared.keys import ResultKeys
 from shared.log import get_logger
 from shared.messages import (
     CompletedInference,
@@ -76,7 +71,7 @@ async def route(
     """
     # Fetch.
     series = SeriesRef.model_validate(ready.data.model_dump())
-    revision = await _revision(objects, series.revision_key)
+    revision = await _revision(objects, series)
 
     # Choose.
     takers = [found for found in maps.values() if found.route.takes(revision)]
@@ -84,7 +79,7 @@ async def route(
     # Store: the first worker's choice stands, also where another one has newer MAPs.
     routing = await store_once(
         objects,
-        f"{routing_prefix(series)}routing.json",
+        keys.routing(series),
         Routing(
             maps=tuple(
                 RoutedMap(map=found.map.name, map_digest=found.map.digest)
@@ -101,7 +96,7 @@ async def route(
     if not routing.maps and not routing.study_maps:
         log.info("inference.no_route", series=series.series_uid)
         skipped = SkippedInference(**series.model_dump(), modality=routing.modality, reason_code="no_route")
-        await publish(InferenceSkipped.of(routing_prefix(series), skipped, time=routing.time))
+        await publish(InferenceSkipped.of(keys.revision_results_prefix(series), skipped, time=routing.time))
     for chosen in routing.maps:
         task = InferenceTask(map=chosen.map, map_digest=chosen.map_digest, inputs=(series,))
         await publish(_requested(task, routing.time))
@@ -144,15 +139,15 @@ async def infer(
     served = maps.get(task.map)
     route = served.route if served is not None else None
     least = route.outputs if route is not None else None
-    prefix = result_prefix(task)
+    documents = ResultKeys.of(task)
     attempt = uuid.uuid4().hex
 
     # Repeat: what is done is announced again, as the same event.
-    done = await stored(objects, f"{prefix}result.json", Result)
+    done = await stored(objects, documents.result)
     if done is not None:
         await _announce(done, publish)
         return
-    failed = await stored(objects, f"{prefix}failure.json", Failure)
+    failed = await stored(objects, documents.failure)
     if failed is not None and failed.request_id == requested.id:
         await _announce_failure(failed, publish)
         return
@@ -164,7 +159,7 @@ async def infer(
         async with temporary_folder("study-") as folder, temporary_folder("push-") as pushing:
             study = Study.make(folder)
             # Compute, unless somebody has.
-            outputs = await stored(objects, f"{prefix}outputs.json", Outputs)
+            outputs = await stored(objects, documents.outputs)
             if outputs is None:
                 newer = await _superseded_by(objects, task.inputs)
                 of_study = route is not None and route.level == "study"
@@ -180,15 +175,14 @@ async def infer(
                     return
                 computed = await once(
                     objects,
-                    f"{prefix}outputs.json",
-                    Outputs,
+                    documents.outputs,
                     lambda _: _compute(task, attempt, study, objects=objects, runner=runner, clock=clock, least=least),
-                    claim=f"{prefix}claim.json",
+                    claim=documents.claim,
                     lease_s=lease_s,
                     clock=clock,
                 )
                 if isinstance(computed, Result):
-                    await _announce(await store_once(objects, f"{prefix}result.json", computed), publish)
+                    await _announce(await store_once(objects, documents.result, computed), publish)
                     return
                 outputs = computed
 
@@ -204,19 +198,19 @@ async def infer(
             request_id=requested.id,
             attempt=attempt,
             reason_code=reason.reason_code,
-            failure_key=f"{prefix}failure.json",
+            failure_key=documents.failure.key,
             error_type=reason.error_type,
             where=reason.where,
             time=clock(),
         )
-        await _announce_failure(await store_once(objects, failure.failure_key, failure), publish)
+        await _announce_failure(await store_once(objects, documents.failure, failure), publish)
         return
 
     # Store, then announce.
     result = Result(
         **task.model_dump(),
         outcome="completed",
-        result_key=f"{prefix}result.json",
+        result_key=documents.result.key,
         outputs=pushed,
         files=outputs.files,
         pushed_to=archive.target,
@@ -225,7 +219,7 @@ async def infer(
         attempt=outputs.attempt,
         time=clock(),
     )
-    await _announce(await store_once(objects, result.result_key, result), publish)
+    await _announce(await store_once(objects, documents.result, result), publish)
 
 
 class _Failed(Exception):  # noqa: N818 - it states what became of the attempt
@@ -253,8 +247,7 @@ async def _compute(
     Raises:
         _Failed: the MAP failed, or made nothing that can be pushed.
     """
-    prefix = result_prefix(task)
-    attempt_prefix = f"{prefix}attempts/{attempt}/"
+    places = ResultKeys.of(task)
 
     # Fetch: beside the study that computes now, and outside its permit.
     sources = await _download_inputs(task.inputs, study, objects)
@@ -264,7 +257,7 @@ async def _compute(
     # Run. What the MAP printed lies beside the result, and in no log.
     run = await runner.run(task.map, study, digest=task.map_digest)
     printed = await asyncio.to_thread(study.log_tail, LONGEST)
-    await objects.put(f"{attempt_prefix}log.txt", await asyncio.to_thread(scrubber.scrub_tail, printed, LOG_TAIL_BYTES))
+    await objects.put(places.log(attempt), await asyncio.to_thread(scrubber.scrub_tail, printed, LOG_TAIL_BYTES))
     log.info("inference.ran", map=task.map, **_told(run))
     if receive_count() == 1 and _may_be_the_machines(run):
         raise Unavailable("the MAP ended for want of the machine's resources")
@@ -272,7 +265,7 @@ async def _compute(
         return Result(
             **task.model_dump(),
             outcome="no_matching_series",
-            result_key=f"{prefix}result.json",
+            result_key=places.result.key,
             duration_s=run.duration_s,
             device=run.device,
             attempt=attempt,
@@ -289,10 +282,10 @@ async def _compute(
     others = await asyncio.to_thread(made_outputs.other_files, study.output)
 
     # Store. A MAP may name a file after the patient.
-    outputs = tuple(_output(one, f"{attempt_prefix}{one.sop_instance_uid}.dcm") for one in made)
+    outputs = tuple(_output(one, places.made_instance(attempt, one.sop_instance_uid)) for one in made)
     files = tuple(
         OutputFile(
-            key=f"{attempt_prefix}files/{index}/{scrubber.scrub(os.fsencode(one.path.name)).decode(errors='replace')}",
+            key=places.made_file(attempt, index, scrubber.scrub(os.fsencode(one.path.name)).decode(errors="replace")),
             media_type=one.media_type,
             n_bytes=one.path.stat().st_size,
         )
@@ -328,9 +321,9 @@ async def _push_originals(task: InferenceTask, pushing: Path, *, objects: Object
         shown = await archive.shown(series.study_uid, series.series_uid)
         if shown is None:
             return
-        revision = await _revision(objects, series.revision_key)
-        keys = {one.sop_instance_uid: one.key for one in revision.instances if one.sop_instance_uid not in shown}
-        wanted = {key: Instance(folder / f"{uid}.dcm", *_uids(series), uid) for uid, key in keys.items()}
+        revision = await _revision(objects, series)
+        missing = {one.sop_instance_uid: one.key for one in revision.instances if one.sop_instance_uid not in shown}
+        wanted = {key: Instance(folder / f"{uid}.dcm", *_uids(series), uid) for uid, key in missing.items()}
         await _download([(key, one.path) for key, one in wanted.items()], objects)
         await _pushed(list(wanted.values()), archive)
 
@@ -355,8 +348,8 @@ async def _push(
         for output in outputs.outputs
     ]
     if archive.target != "s3":
-        keys = [output.key for output in outputs.outputs]
-        await _download(zip(keys, (one.path for one in instances), strict=True), objects)
+        stored_as = [output.key for output in outputs.outputs]
+        await _download(zip(stored_as, (one.path for one in instances), strict=True), objects)
     image_sets = await _pushed(instances, archive)
     return tuple(
         output.model_copy(update={"image_set_id": image_sets[output.series_uid]}) for output in outputs.outputs
@@ -394,10 +387,11 @@ def _installed(task: InferenceTask, served: InstalledMap | None) -> InstalledMap
 async def _superseded_by(objects: ObjectStore, inputs: Sequence[SeriesRef]) -> str | None:
     """Return the digest of a newer revision of an input, whose own request makes this one needless."""
     for series in inputs:
-        prefix = f"{series_prefix(series.study_uid, series.series_uid)}revisions/"
-        async for found in objects.list(prefix):
-            if found.key != revision_key(series.study_uid, series.series_uid, series.digest):
-                revision = await _revision(objects, found.key)
+        own = keys.revision(series.study_uid, series.series_uid, series.digest)
+        async for found in objects.list(keys.revisions_prefix(series.study_uid, series.series_uid)):
+            document = keys.stored_revision(found.key)
+            if document is not None and document != own:
+                revision = await _read(objects, document)
                 if revision.supersedes == series.digest:
                     return revision.digest
     return None
@@ -405,23 +399,27 @@ async def _superseded_by(objects: ObjectStore, inputs: Sequence[SeriesRef]) -> s
 
 async def _archive(task: InferenceTask, archives: Archives, route: Route, objects: ObjectStore) -> tuple[Archive, bool]:
     """Return where the results go, and whether the inputs go there; no archive has a patient for what has none."""
-    revisions = [await _revision(objects, series.revision_key) for series in task.inputs]
+    revisions = [await _revision(objects, series) for series in task.inputs]
     if any(revision.deidentified for revision in revisions):
         return archives.by_target["s3"], False
     return archives.of(route)
 
 
-async def _revision(objects: ObjectStore, key: str) -> Revision:
-    try:
-        return Revision.parse(await objects.get(key))
-    except ObjectMissing:
-        raise Unprocessable("revision_missing") from None
+async def _revision(objects: ObjectStore, series: SeriesRef) -> Revision:
+    return await _read(objects, keys.revision_of(series))
+
+
+async def _read(objects: ObjectStore, document: Document[Revision]) -> Revision:
+    revision = await stored(objects, document)
+    if revision is None:
+        raise Unprocessable("revision_missing")
+    return revision
 
 
 async def _download_inputs(inputs: Sequence[SeriesRef], study: Study, objects: ObjectStore) -> list[Path]:
     wanted = []
     for series in inputs:
-        revision = await _revision(objects, series.revision_key)
+        revision = await _revision(objects, series)
         wanted += [(one.key, study.input / PurePosixPath(one.key).name) for one in revision.instances]
     await _download(wanted, objects)
     return [path for _, path in wanted]
@@ -435,7 +433,7 @@ async def _download(wanted: Iterable[tuple[str, Path]], objects: ObjectStore) ->
 
 
 def _requested(task: InferenceTask, time: datetime) -> InferenceRequested:
-    return InferenceRequested.of(result_prefix(task), task, time=time)
+    return InferenceRequested.of(ResultKeys.of(task).prefix, task, time=time)
 
 
 def _output(one: MadeInstance, key: str) -> InferenceOutput:
@@ -462,12 +460,12 @@ async def _announce(result: Result, publish: Publish) -> None:
         "files": result.files[:ANNOUNCED_OUTPUTS],
     }
     told = CompletedInference.model_validate(result.model_dump() | announced)
-    await publish(InferenceCompleted.of(result_prefix(told), told, time=result.time))
+    await publish(InferenceCompleted.of(ResultKeys.of(told).prefix, told, time=result.time))
     log.info("inference.done", map=told.map, outcome=told.outcome, outputs=len(told.outputs))
 
 
 async def _announce_failure(failure: Failure, publish: Publish) -> None:
     told = FailedInference.model_validate(failure.model_dump())
-    await publish(InferenceFailed.of(result_prefix(told), told, time=failure.time))
+    await publish(InferenceFailed.of(ResultKeys.of(told).prefix, told, time=failure.time))
     place = {"error_type": failure.error_type, "where": failure.where}
     log.warning("inference.failed", map=told.map, reason=told.reason_code, **place)

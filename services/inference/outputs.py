@@ -15,7 +15,7 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
-from shared.dicom import is_uid
+from shared.keys import is_uid
 
 COPIED = ("StudyInstanceUID", "PatientID", "StudyDate", "AccessionNumber", "StudyID")
 """What a derived object must have from its source: where they differ, HealthImaging keeps it as a non-primary image

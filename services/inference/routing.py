@@ -15,16 +15,16 @@ maps:
       SliceThickness: {max: 5}
       ContrastBolusAgent: {missing: true}
       n_instances: {min: 3}     # how many instances the series has
-      geometry.verdict: regular # what ingest found of how the slices lie; fields of shared.dicom.Geometry
+      geometry.verdict: regular # what ingest found of how the slices lie; fields of shared.messages.Geometry
     level: series               # or `study`: all series of a settled study that meet the conditions, in one run
     push: healthimaging         # where results go; without it, where the worker's settings say
     originals: true             # push the series that the MAP read, too, before its results
     golden: golden/ct           # a study that a new version is tried on: a folder, or s3://bucket/prefix/
 ```
 
-Conditions are on what ingest tells of a series, `shared.dicom.SERIES_ATTRIBUTES`: nothing that says who the patient is.
-An attribute with several values, such as ImageType, satisfies a condition when one of them does. An attribute that the
-series does not have satisfies `{missing: true}` and nothing else.
+Conditions are on what ingest tells of a series, `shared.documents.revisions.SERIES_ATTRIBUTES`: nothing that says who
+the patient is. An attribute with several values, such as ImageType, satisfies a condition when one of them does. An
+attribute that the series does not have satisfies `{missing: true}` and nothing else.
 """
 
 import re
@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydicom.datadict import tag_for_keyword
 
-from shared.dicom import SERIES_ATTRIBUTES, Revision
+from shared.documents.revisions import SERIES_ATTRIBUTES, Revision
 from shared.messages import Geometry, Name
 from shared.yaml_tables import read_table
 

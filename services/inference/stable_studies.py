@@ -7,15 +7,16 @@ What is decided is a record of the study as it stood: the newest revision of eac
 given. A late series, or a late instance of one, makes another record, whose requests supersede those of the older one.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from services.inference.records import DIGEST_LENGTH, StudyRouting, result_prefix, study_prefix
 from services.inference.serving.versions import InstalledMap
-from shared.dicom import Revision, stored_instance
+from shared import keys
+from shared.documents.document import Document
+from shared.documents.inference import StudyRouting
+from shared.documents.revisions import Revision
 from shared.errors import Unprocessable
 from shared.idempotency import store_once, stored
 from shared.log import get_logger
@@ -45,7 +46,8 @@ async def expect_settling(
     now = clock()
     told = SettlingStudy(study_uid=study_uid, bucket=bucket_of(now, quiet.quiet_s), first_seen=now)
     delay = delay_s(quiet.quiet_s, quiet.quiet_s)
-    await send_once(objects, _markers(study_uid) + told.bucket, lambda: _look_later(told, now, delay, publish))
+    marker = keys.study_markers(study_uid) + told.bucket
+    await send_once(objects, marker, lambda: _look_later(told, now, delay, publish))
 
 
 async def settle(
@@ -69,7 +71,7 @@ async def settle(
     study, now = event.data, clock()
 
     # Fetch.
-    listing = _Listing.of([item async for item in objects.list(f"studies/{study.study_uid}/")])
+    listing = _Listing.of([item async for item in objects.list(keys.study_prefix(study.study_uid))])
     if not listing.revisions:
         raise Unprocessable("study_gone")
     decided = await _decided(study.study_uid, objects)
@@ -77,7 +79,7 @@ async def settle(
     # Check.
     since = min((time for time in listing.settled if decided is None or time > decided), default=study.first_seen)
     overdue = since + timedelta(seconds=quiet.max_settle_s)
-    if not await is_responsible(objects, _markers(study.study_uid), study.bucket, overdue):
+    if not await is_responsible(objects, keys.study_markers(study.study_uid), study.bucket, overdue):
         log.info("study.left_to_newer", study=study.study_uid)
         return
     wait_s = quiet.quiet_s + LAST_MODIFIED_S - (now - max(listing.changed)).total_seconds()
@@ -87,12 +89,12 @@ async def settle(
         return
 
     # Choose.
-    revisions = [await _newest(keys, objects) for keys in listing.revisions.values()]
+    revisions = [await _newest(found, objects) for found in listing.revisions.values()]
     routing = await store_once(objects, *_routed(study.study_uid, revisions, maps))
 
     # Ask.
     for task in routing.tasks:
-        await publish(InferenceRequested.of(result_prefix(task), task, time=routing.time))
+        await publish(InferenceRequested.of(keys.ResultKeys.of(task).prefix, task, time=routing.time))
     log.info("study.settled", study=study.study_uid, series=len(routing.series), maps=len(routing.tasks))
 
 
@@ -112,8 +114,8 @@ async def is_superseded(task: InferenceTask, objects: ObjectStore) -> bool:
 class _Listing:
     """A study as its listing has it."""
 
-    revisions: dict[str, list[str]]
-    """Keys by series UID."""
+    revisions: dict[str, list[Document[Revision]]]
+    """By series UID."""
     settled: tuple[datetime, ...]
     """When the newest of each series was stored."""
     changed: tuple[datetime, ...]
@@ -123,15 +125,15 @@ class _Listing:
 
     @classmethod
     def of(cls, listing: Sequence[ObjectSummary]) -> "_Listing":
-        revisions: dict[str, list[str]] = defaultdict(list)
+        revisions: dict[str, list[Document[Revision]]] = defaultdict(list)
         stored_at: dict[str, datetime] = {}
         settled_at: dict[str, datetime] = {}
         for item in listing:
             series_uid = item.key.split("/")[2]
-            if "/revisions/" in item.key:
-                revisions[series_uid].append(item.key)
+            if (revision := keys.stored_revision(item.key)) is not None:
+                revisions[series_uid].append(revision)
                 settled_at[series_uid] = max(item.last_modified, settled_at.get(series_uid, item.last_modified))
-            elif stored_instance(item.key) is not None:
+            elif keys.stored_instance(item.key) is not None:
                 stored_at[series_uid] = max(item.last_modified, stored_at.get(series_uid, item.last_modified))
         unsettled = any(uid not in settled_at or time > settled_at[uid] for uid, time in stored_at.items())
         return cls(dict(revisions), tuple(settled_at.values()), (*stored_at.values(), *settled_at.values()), unsettled)
@@ -139,8 +141,8 @@ class _Listing:
 
 def _routed(
     study_uid: str, revisions: Iterable[Revision], maps: Mapping[str, InstalledMap]
-) -> tuple[str, StudyRouting]:
-    """Return what the MAPs are given of the revisions, and the key of that record."""
+) -> tuple[Document[StudyRouting], StudyRouting]:
+    """Return what the MAPs are given of the revisions, and the document that holds it."""
     by_series = {revision.series_uid: revision for revision in sorted(revisions, key=lambda one: one.series_uid)}
     refs = {uid: ref_of(revision) for uid, revision in by_series.items()}
     tasks = []
@@ -148,11 +150,9 @@ def _routed(
         inputs = tuple(refs[uid] for uid, revision in by_series.items() if found.route.takes(revision))
         if found.route.level == "study" and inputs:
             tasks.append(InferenceTask(map=found.map.name, map_digest=found.map.digest, inputs=inputs))
-    lines = "\n".join(f"{ref.series_uid}:{ref.digest}" for ref in refs.values())
-    digest = hashlib.sha256(lines.encode()).hexdigest()[:DIGEST_LENGTH]
     time = max(revision.created for revision in by_series.values())
     routing = StudyRouting(series=tuple(refs.values()), tasks=tuple(tasks), time=time)
-    return f"{study_prefix(study_uid)}{digest}/routing.json", routing
+    return keys.study_routing(study_uid, keys.digest_of_series(routing.series)), routing
 
 
 def ref_of(revision: Revision) -> SeriesRef:
@@ -161,32 +161,27 @@ def ref_of(revision: Revision) -> SeriesRef:
         study_uid=revision.study_uid,
         series_uid=revision.series_uid,
         digest=revision.digest,
-        revision_key=revision.key,
+        revision_key=keys.document_of(revision).key,
     )
 
 
-async def _newest(keys: Iterable[str], objects: ObjectStore) -> Revision:
-    revisions = [Revision.parse(await objects.get(key)) for key in keys]
+async def _newest(found: Iterable[Document[Revision]], objects: ObjectStore) -> Revision:
+    revisions = [document.parse(await objects.get(document.key)) for document in found]
     return max(revisions, key=lambda revision: (revision.created, revision.digest))
 
 
 async def _routings(study_uid: str, objects: ObjectStore) -> list[StudyRouting]:
-    keys = [item.key async for item in objects.list(study_prefix(study_uid)) if item.key.endswith("/routing.json")]
-    found = [await stored(objects, key, StudyRouting) for key in keys]
+    listed = [keys.stored_study_routing(item.key) async for item in objects.list(keys.study_results_prefix(study_uid))]
+    found = [await stored(objects, document) for document in listed if document is not None]
     return [routing for routing in found if routing is not None]
 
 
 async def _decided(study_uid: str, objects: ObjectStore) -> datetime | None:
     """Return when the newest record was stored."""
-    listing = [item async for item in objects.list(study_prefix(study_uid))]
-    return max((item.last_modified for item in listing if item.key.endswith("/routing.json")), default=None)
+    listing = [item async for item in objects.list(keys.study_results_prefix(study_uid))]
+    return max((item.last_modified for item in listing if keys.stored_study_routing(item.key)), default=None)
 
 
 async def _look_later(study: SettlingStudy, now: datetime, delay_s: int, publish: Publish) -> None:
     due = now + timedelta(seconds=delay_s)
     await publish(StudySettling.of(study.study_uid, study, time=due), delay_s=delay_s)
-
-
-def _markers(study_uid: str) -> str:
-    """Return the prefix of a study's markers, which no dataset's can be: the name of one begins with a letter."""
-    return f"settling/_studies/{study_uid}/"

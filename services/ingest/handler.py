@@ -1,7 +1,6 @@
 """The journey of an upload: fetch it, take it or refuse it, and have its series looked at when it is quiet."""
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,15 +12,17 @@ from services.ingest.answers import Instance, Member
 from services.ingest.decoder import Rejected
 from services.ingest.ports import Ports
 from services.ingest.stable_series import expect_settling, settle
+from shared import keys
 from shared.concurrency import all_of, temporary_folder
-from shared.dicom import COMPLETE, instance_key, series_prefix, stored_instance
+from shared.documents.uploads import StoredRefusal
 from shared.errors import Unprocessable
+from shared.idempotency import store
+from shared.keys import COMPLETE, INCOMING
 from shared.log import get_logger
 from shared.messages import CreatedObject, Name, ObjectsCreated, RejectedUpload, UploadRejected, sha256_of
 from shared.objects import ObjectMissing
 from shared.workfolder import sha256_of_file
 
-INCOMING = "incoming"
 DEFAULT_DATASET = "default"
 MOST_NAMED = 20
 """Members of an archive that its refusal names."""
@@ -64,8 +65,7 @@ async def _take_upload(created: CreatedObject, ports: Ports) -> None:
     if created.bucket != ports.objects.bucket:
         raise Unprocessable("other_bucket")
     key_sha256 = sha256_of(created.key)
-    prefix, _, rest = created.key.partition("/")
-    if prefix != INCOMING:
+    if not created.key.startswith(INCOMING):
         log.info("upload.ignored", why="prefix", key_sha256=key_sha256)
         return
     folder, _, name = created.key.rpartition("/")
@@ -78,7 +78,7 @@ async def _take_upload(created: CreatedObject, ports: Ports) -> None:
     ports.lag.note(ports.clock(), created.time)
 
     # Announce. An archive is a closed set; anything else waits for what may still come.
-    await _announce(stored, settle if is_closed else expect_settling, rest, ports)
+    await _announce(stored, settle if is_closed else expect_settling, created.key.removeprefix(INCOMING), ports)
 
 
 async def _take_folder(marker: CreatedObject, folder: str, ports: Ports) -> None:
@@ -87,7 +87,7 @@ async def _take_folder(marker: CreatedObject, folder: str, ports: Ports) -> None
     What was taken before is found stored, and what still waits in the queue is taken now: no part of a series is
     announced for the whole because of a notification that is late.
     """
-    dataset, _, rest = folder.removeprefix(f"{INCOMING}/").partition("/")
+    dataset, _, rest = folder.removeprefix(INCOMING).partition("/")
     if not rest:
         log.info("upload.ignored", why="complete_dataset", key_sha256=sha256_of(marker.key))
         return
@@ -127,7 +127,7 @@ async def _take_object(created: CreatedObject, ports: Ports) -> tuple[list[Insta
     if created.key.endswith("/") and size == 0:
         log.info("upload.ignored", why="directory_marker", key_sha256=sha256_of(created.key))
         return [], False
-    dataset = _dataset_of(created.key.partition("/")[2])
+    dataset = _dataset_of(created.key.removeprefix(INCOMING))
 
     if size > ports.settings.max_upload_bytes:
         await _reject(created, dataset or DEFAULT_DATASET, Rejected("too_large"), None, ports)
@@ -216,10 +216,10 @@ async def _take_file(
 
 async def _store(instance: Instance, path: Path, ports: Ports) -> None:
     uid = instance.sop_instance_uid
-    key = instance_key(instance.study_uid, instance.series_uid, uid, instance.sha)
-    prefix = f"{series_prefix(instance.study_uid, instance.series_uid)}{uid}."
+    key = keys.instance(instance.study_uid, instance.series_uid, uid, instance.sha)
+    prefix = f"{keys.series_prefix(instance.study_uid, instance.series_uid)}{uid}."
     async with ports.storing(prefix):
-        found = [stored_instance(item.key) async for item in ports.objects.list(prefix)]
+        found = [keys.stored_instance(item.key) async for item in ports.objects.list(prefix)]
         namesakes = {item.key for item in found if item is not None and item.sop_instance_uid == uid}
         if key in namesakes:
             return
@@ -235,24 +235,23 @@ async def _reject(created: CreatedObject, dataset: str, rejected: Rejected, path
         object_sha256 = await ports.objects.sha256(created.key)
     else:
         object_sha256 = await asyncio.to_thread(sha256_of_file, path)
-    folder = f"quarantine/{object_sha256}"
-    reason = {
-        "reason_code": rejected.reason_code,
-        "place": rejected.place,
-        "upload_key_sha256": key_sha256,
-        "dataset": dataset,
-        "time": created.time.isoformat(),
-    }
+    place = keys.Quarantined(object_sha256)
+    reason = StoredRefusal(
+        reason_code=rejected.reason_code,
+        place=rejected.place,
+        upload_key_sha256=key_sha256,
+        dataset=dataset,
+        time=created.time,
+    )
     if path is not None:
-        await ports.objects.upload(path, f"{folder}/object")
-    reason_key = f"{folder}/reason.json"
-    await ports.objects.put(reason_key, json.dumps(reason, indent=1).encode())
+        await ports.objects.upload(path, place.object)
+    await store(ports.objects, place.reason, reason)
     told = RejectedUpload(
         dataset=dataset,
         upload_key_sha256=key_sha256,
         object_sha256=object_sha256,
         reason_code=rejected.reason_code,
-        quarantine_key=reason_key,
+        quarantine_key=place.reason.key,
     )
     await ports.publish(UploadRejected.of(object_sha256, told, time=created.time))
     log.info("upload.rejected", dataset=dataset, reason_code=rejected.reason_code, key_sha256=key_sha256)

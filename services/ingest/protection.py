@@ -12,7 +12,7 @@ from services.ingest.datasets import BlankRule, Deidentification
 from services.ingest.deidentification import METHOD, deidentify, keyed_hash
 from services.ingest.deidentification.pixels import blank, burned_in_suspected, clear_unused_bits
 from services.ingest.reading import noted_in, part_10, text_of
-from shared.dicom import SHA_LENGTH
+from shared.documents.revisions import SHA_LENGTH
 from shared.errors import Unprocessable
 
 RESPELT = (

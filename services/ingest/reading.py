@@ -34,8 +34,9 @@ from pydicom.uid import (
 
 from services.ingest import frames
 from services.ingest.answers import Instance
-from shared.dicom import is_uid, sha_of
+from shared.documents.revisions import sha_of
 from shared.errors import Unprocessable
+from shared.keys import is_uid
 
 PREAMBLE_BYTES = 128
 MAGIC = b"DICM"
@@ -112,7 +113,9 @@ def is_dicomdir(upload: bytes) -> bool:
 
 
 def normalise(upload: bytes, caps: Caps) -> tuple[Instance, bytes]:
-    """Read an uploaded file; return the instance and the Part 10 file to store. `shared.dicom.silence()` goes before.
+    """Read an uploaded file; return the instance and the Part 10 file to store.
+
+    `shared.pydicom_silence.silence()` goes before.
 
     Raises:
         Unprocessable: a code of `reasons.REASONS`.

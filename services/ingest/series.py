@@ -12,7 +12,7 @@ from services.ingest.deidentification import pseudonym
 from services.ingest.geometry import Slice, survey
 from services.ingest.pixels import functional_group
 from services.ingest.reading import noted_in, text_of
-from shared.dicom import SERIES_ATTRIBUTES
+from shared.documents.revisions import SERIES_ATTRIBUTES
 from shared.messages import Geometry
 
 MAX_TEXT = 64

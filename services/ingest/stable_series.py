@@ -6,7 +6,6 @@ how, and which of several messages goes on. A series is overdue when it has grow
 What a series waits for is read from its listing alone: the instances that are newer than its newest revision.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -18,20 +17,14 @@ from services.ingest.arrays import ArrayConfig
 from services.ingest.datasets import DatasetRules
 from services.ingest.deidentification import Option, keyed_hash, keyed_uid
 from services.ingest.ports import Ports
-from services.ingest.windows import window_key, window_of
+from services.ingest.windows import window_document, window_of
+from shared import keys
 from shared.child import ChildFailed
 from shared.concurrency import all_of, temporary_folder
-from shared.dicom import (
-    DIGEST_LENGTH,
-    Revision,
-    StoredInstance,
-    digest_of,
-    revision_key,
-    series_prefix,
-    stored_instance,
-)
+from shared.documents.arrays import StoredSidecar
+from shared.documents.revisions import DIGEST_LENGTH, Revision, StoredInstance, digest_of
 from shared.errors import Unavailable, Unprocessable
-from shared.idempotency import once
+from shared.idempotency import once, store
 from shared.log import get_logger
 from shared.messages import Geometry, ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
 from shared.objects import ObjectMissing, ObjectSummary
@@ -66,14 +59,9 @@ async def expect_settling(dataset: str, study_uid: str, series_uid: str, *, port
     now, quiet_s = ports.clock(), ports.settings.quiet_s
     bucket = bucket_of(now, quiet_s)
     told = SettlingSeries(dataset=dataset, study_uid=study_uid, series_uid=series_uid, bucket=bucket, first_seen=now)
-    marker = _markers(told) + bucket
+    marker = keys.series_markers(dataset, study_uid, series_uid) + bucket
     async with ports.markers(marker):
         await send_once(ports.objects, marker, lambda: _look_later(told, now, delay_s(quiet_s, quiet_s), ports))
-
-
-def _markers(series: SettlingSeries) -> str:
-    """Return the prefix of a series' markers; what follows is a bucket's first second, so they sort by time."""
-    return f"settling/{series.dataset}/{series.study_uid}/{series.series_uid}/"
 
 
 async def handle_settling(event: SeriesSettling, *, ports: Ports) -> None:
@@ -96,17 +84,17 @@ async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
     series, settings, now = event.data, ports.settings, ports.clock()
 
     # Fetch.
-    prefix = series_prefix(series.study_uid, series.series_uid)
-    listing = [item async for item in ports.objects.list(prefix)]
-    stored = [item.last_modified for item in listing if stored_instance(item.key) is not None]
+    listing = [item async for item in ports.objects.list(keys.series_prefix(series.study_uid, series.series_uid))]
+    stored = [item.last_modified for item in listing if keys.stored_instance(item.key) is not None]
     if not stored:
         raise Unprocessable("series_gone")
-    settled = max((item.last_modified for item in listing if "/revisions/" in item.key), default=None)
+    settled = max((item.last_modified for item in listing if keys.stored_revision(item.key)), default=None)
     since = min((time for time in stored if settled is None or time > settled), default=series.first_seen)
     overdue = since + timedelta(seconds=settings.max_settle_s)
 
     # Check.
-    if not await is_responsible(ports.objects, _markers(series), series.bucket, overdue):
+    markers = keys.series_markers(series.dataset, series.study_uid, series.series_uid)
+    if not await is_responsible(ports.objects, markers, series.bucket, overdue):
         log.info("series.left_to_newer", series=series.series_uid, instances=len(stored))
         return
     age_s = (now - max(stored)).total_seconds() - LAST_MODIFIED_S
@@ -141,7 +129,7 @@ async def settle(dataset: str, study_uid: str, series_uid: str, *, ports: Ports)
     """
     async with ports.settling(series_uid):
         listed = ports.clock()
-        listing = [item async for item in ports.objects.list(series_prefix(study_uid, series_uid))]
+        listing = [item async for item in ports.objects.list(keys.series_prefix(study_uid, series_uid))]
         await _settle(dataset, (study_uid, series_uid), (listed, listing), ports)
 
 
@@ -160,10 +148,9 @@ async def _settle(
     series = Series(dataset, study_uid, series_uid, tuple(instances), digest, listed)
     revision = await once(
         ports.objects,
-        revision_key(study_uid, series_uid, digest),
-        Revision,
+        keys.revision(study_uid, series_uid, digest),
         lambda _: _succeed(series, warnings, ports),
-        claim=f"settling/_claims/{study_uid}/{series_uid}.json",
+        claim=keys.series_claim(study_uid, series_uid),
         lease_s=ports.settings.visibility_s / 2,
         clock=ports.clock,
     )
@@ -189,8 +176,9 @@ async def _succeed(series: Series, warnings: Sequence[str], ports: Ports) -> Rev
 
 
 async def _revisions(study_uid: str, series_uid: str, ports: Ports) -> list[Revision]:
-    prefix = f"{series_prefix(study_uid, series_uid)}revisions/"
-    return [Revision.parse(await ports.objects.get(item.key)) async for item in ports.objects.list(prefix)]
+    prefix = keys.revisions_prefix(study_uid, series_uid)
+    listed = [keys.stored_revision(item.key) async for item in ports.objects.list(prefix)]
+    return [document.parse(await ports.objects.get(document.key)) for document in listed if document is not None]
 
 
 def _instances(listing: Sequence[ObjectSummary]) -> tuple[list[StoredInstance], list[str]]:
@@ -201,7 +189,7 @@ def _instances(listing: Sequence[ObjectSummary]) -> tuple[list[StoredInstance], 
     chosen: dict[str, StoredInstance] = {}
     warnings = []
     for item in sorted(listing, key=lambda item: (item.last_modified, item.key)):
-        instance = stored_instance(item.key)
+        instance = keys.stored_instance(item.key)
         if instance is None:
             continue
         if chosen.setdefault(instance.sop_instance_uid, instance) != instance:
@@ -282,33 +270,36 @@ async def _array(
     window_from = None
     try:
         if config.window is None:
-            window_from = window_key(series.dataset, modality, config)
+            window_from = window_document(series.dataset, modality, config)
             window = await window_of(window_from, config, told, partial(made_by, "measure"), ports.objects)
             config = replace(config, window=window)
         made = await made_by("assemble")
     except (ChildFailed, Unprocessable) as failed:
-        where = failed.where if isinstance(failed, ChildFailed) else window_from
+        where = failed.where if isinstance(failed, ChildFailed) else window_from and window_from.key
         log.warning("array.failed", series=series.series_uid, reason_code=failed.reason_code, where=where)
         return None, ["array_failed"]
     if not made["shape"][0]:  # every slice was left out
         return None, made["warnings"]
-    key = f"{_array_prefix(series.dataset, told)}{config.hash()}.npy"
-    sidecar = {
-        **told,
-        "patient_key": made["patient_key"],
-        "modality": modality,
-        "n": made["shape"][0],
-        "shape": made["shape"],
-        "window": config.window,
-        "window_from": window_from,
-        "pixel_spacing_mm": made["pixel_spacing_mm"],
-        "rows_columns": made["rows_columns"],
-        "left_out": made["left_out"],
-        "config": config.described(),
-        "config_hash": config.hash(),
-        "warnings": sorted({*described["warnings"], *made["warnings"]}),
-    }
-    await ports.objects.put(f"{key.removesuffix('.npy')}.json", json.dumps(sidecar, indent=1).encode())
+    key = keys.array(series.dataset, told["series_uid"], told["digest"], config.hash())
+    sidecar = StoredSidecar(
+        study_uid=told["study_uid"],
+        series_uid=told["series_uid"],
+        digest=told["digest"],
+        revision_key=told.get("revision_key"),
+        patient_key=made["patient_key"],
+        modality=modality,
+        n=made["shape"][0],
+        shape=made["shape"],
+        window=config.window,
+        window_from=window_from and window_from.key,
+        pixel_spacing_mm=made["pixel_spacing_mm"],
+        rows_columns=made["rows_columns"],
+        left_out=made["left_out"],
+        config=config.described(),
+        config_hash=config.hash(),
+        warnings=tuple(sorted({*described["warnings"], *made["warnings"]})),
+    )
+    await store(ports.objects, keys.sidecar(key), sidecar)
     await ports.objects.upload(out, key)
     return key, made["warnings"]
 
@@ -333,7 +324,7 @@ def _array_uids(series: Series, described: dict[str, Any], ports: Ports) -> dict
         "study_uid": series.study_uid,
         "series_uid": series.series_uid,
         "digest": series.digest,
-        "revision_key": revision_key(series.study_uid, series.series_uid, series.digest),
+        "revision_key": keys.revision(series.study_uid, series.series_uid, series.digest).key,
     }
     rules = ports.datasets.of(series.dataset)
     profile = rules.deidentify
@@ -345,10 +336,6 @@ def _array_uids(series: Series, described: dict[str, Any], ports: Ports) -> dict
         "series_uid": keyed_uid(series.series_uid, secret),
         "digest": keyed_hash(series.digest, secret, DIGEST_LENGTH),
     }
-
-
-def _array_prefix(dataset: str, told: dict[str, str]) -> str:
-    return f"datasets/{dataset}/{told['series_uid']}.{told['digest']}."
 
 
 async def _array_of_another(revision: Revision, dataset: str, ports: Ports) -> None:
@@ -369,7 +356,7 @@ def _ready(revision: Revision, rules: DatasetRules) -> SeriesReady:
         study_uid=revision.study_uid,
         series_uid=revision.series_uid,
         digest=revision.digest,
-        revision_key=revision.key,
+        revision_key=keys.document_of(revision).key,
         dataset=revision.dataset,
         n_instances=len(revision.instances),
         modality=modality if isinstance(modality, str) else None,

@@ -7,9 +7,10 @@ series of a Modality that has any grey values decides, `If-None-Match: *` keeps 
 import re
 from collections.abc import Awaitable, Callable, Mapping
 
-from pydantic import BaseModel, ConfigDict
-
 from services.ingest.arrays import ArrayConfig
+from shared import keys
+from shared.documents.arrays import DatasetWindow
+from shared.documents.document import Document
 from shared.idempotency import store_once, stored
 from shared.objects import ObjectStore
 
@@ -19,27 +20,18 @@ OTHER = "other"
 Measure = Callable[[], Awaitable[tuple[float, float] | None]]
 
 
-class DatasetWindow(BaseModel):
-    """The window of one Modality in a dataset, and where it comes from."""
-
-    model_config = ConfigDict(frozen=True)
-
-    window: tuple[float, float]
-    """Modality values that become -1 and 1."""
-    config: Mapping[str, object]
-    """What the percentiles were asked by."""
-    source: Mapping[str, str]
-    """The series they are of, as its array names it."""
-
-
-def window_key(dataset: str, modality: object, config: ArrayConfig) -> str:
+def window_document(dataset: str, modality: object, config: ArrayConfig) -> Document[DatasetWindow]:
     """Return where the window lies that arrays of this configuration, which has none, are made by."""
     code = modality if isinstance(modality, str) and re.fullmatch(r"[A-Z]{2,16}", modality) else OTHER
-    return f"datasets/{dataset}/window.{code}.{config.hash()}.json"
+    return keys.window(dataset, code, config.hash())
 
 
 async def window_of(
-    key: str, config: ArrayConfig, source: Mapping[str, str], measure: Measure, objects: ObjectStore
+    document: Document[DatasetWindow],
+    config: ArrayConfig,
+    source: Mapping[str, str],
+    measure: Measure,
+    objects: ObjectStore,
 ) -> tuple[float, float] | None:
     """Return the dataset's window; where there is none yet, store what `measure` finds. None where it finds none.
 
@@ -49,11 +41,11 @@ async def window_of(
         Unprocessable: `invalid_record`: what lies under the key is no window.
         Unavailable: S3 does not answer.
     """
-    found = await stored(objects, key, DatasetWindow)
+    found = await stored(objects, document)
     if found is None:
         window = await measure()
         if window is None:
             return None
         found = DatasetWindow(window=window, config=config.described(), source=source)
-        found = await store_once(objects, key, found)
+        found = await store_once(objects, document, found)
     return found.window

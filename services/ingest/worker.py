@@ -16,7 +16,7 @@ from services.ingest.datasets import BlankRule, Deidentification
 from services.ingest.protection import is_protected, protect
 from services.ingest.reading import Caps, normalise
 from shared.child import Json, Progress, serve
-from shared.dicom import silence
+from shared.pydicom_silence import silence
 
 
 def answer(request: Json, progress: Progress) -> Any:

@@ -8,15 +8,22 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import AwareDatetime, BaseModel, ConfigDict
 
+from shared.documents.reports import (
+    Durations,
+    MapStatistics,
+    Report,
+    Round,
+    SeriesStatistics,
+    Training,
+    TrainingStatus,
+)
 from shared.errors import Unprocessable
 from shared.messages import (
     CompletedTraining,
-    Evaluation,
     Event,
     InferenceCompleted,
     InferenceFailed,
@@ -38,107 +45,6 @@ MODALITIES = frozenset(
     """.split()  # noqa: SIM905 - as a list it would fill a screen
 )
 """Defined terms of Modality (0008,0060), DICOM PS3.3 section C.7.3.1.1.1."""
-
-TrainingStatus = Literal["approved", "rounds_used_up", "failed", "running"]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
-
-
-class Round(_Frozen):
-    """One round of a training."""
-
-    round: int
-    time: AwareDatetime
-    steps: int
-    duration_s: float
-    evaluation: Evaluation
-    approved: bool
-    why_not: str = ""
-    """Why it is not approved, in words."""
-    config: dict[str, int | float | str | bool]
-
-
-class Training(_Frozen):
-    """One training request, as far as its events fell into the month."""
-
-    request_id: str
-    dataset: str
-    status: TrainingStatus
-    """`running`: no event of the month ended it."""
-    reason_code: str | None = None
-    """Why it failed."""
-    rounds: tuple[Round, ...] = ()
-    rounds_used: int | None = None
-    """All rounds of the training, when it ended; more than `rounds` holds if it began in an earlier month."""
-    evaluation: Evaluation | None = None
-    """Of the model that was kept; of the last round while running."""
-    why_not: str = ""
-    """Why that one is not approved, in words."""
-    config: dict[str, int | float | str | bool] = {}
-    """The parameters of that model."""
-    generator_key: str | None = None
-    images_key: str | None = None
-    images_array_key: str | None = None
-
-
-class Durations(_Frozen):
-    """Wall seconds of the runs of a MAP that completed, on one kind of device."""
-
-    device: str
-    n: int
-    p50_s: float
-    p95_s: float
-    longest_s: float
-
-
-class MapStatistics(_Frozen):
-    """One version of one MAP."""
-
-    map: str
-    map_digest: str
-    outcomes: dict[str, int]
-    """Runs by `completed`, `no_matching_series`, `failed`."""
-    failures_by_reason: dict[str, int] = {}
-    durations: tuple[Durations, ...] = ()
-    n_outputs: int = 0
-    """DICOM instances that the runs made."""
-
-
-class SeriesStatistics(_Frozen):
-    """Series that settled; a late instance makes a new revision of the same series."""
-
-    n_series: int = 0
-    n_revisions: int = 0
-    n_instances: int = 0
-    """Of each series' latest revision."""
-    n_with_warnings: int = 0
-    by_modality: dict[str, int] = {}
-    """Series; `other` is a value outside DICOM's defined terms, `none` a missing one."""
-
-
-class Report(_Frozen):
-    """A month: what is stored as `reports/<YYYY-MM>.json`."""
-
-    schema_version: Literal[1] = 1
-    month: str
-    generated_at: AwareDatetime
-    month_is_over: bool
-    """False: more events of this month may come."""
-    n_events: int
-    """Different events."""
-    n_repeats: int
-    """Deliveries of the same event again, which are not counted."""
-    n_unreadable: int
-    """Lines of the event log that no known event could be read from, which are not counted either."""
-    training: tuple[Training, ...]
-    inference: tuple[MapStatistics, ...]
-    skipped_by_modality: dict[str, int] = {}
-    """Revisions of series that no MAP takes."""
-    series: SeriesStatistics
-    rejections_by_reason: dict[str, int]
-    failures_by_reason: dict[Literal["inference", "training"], dict[str, int]]
 
 
 class _Series(NamedTuple):

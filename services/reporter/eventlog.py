@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC
 
+from shared import keys
 from shared.errors import Unavailable
 from shared.log import get_logger
 from shared.messages import Event
@@ -79,7 +80,7 @@ class EventLog:
         """Yield the objects of `month` (YYYY-MM) in key order, each a run of JSON lines. Raises `Unavailable`."""
         reading: deque[asyncio.Task[bytes]] = deque()
         try:
-            async for summary in self._objects.list(f"events/date={month}-"):
+            async for summary in self._objects.list(keys.events_of_month(month)):
                 reading.append(asyncio.create_task(self._read_one(summary.key)))
                 if len(reading) == READS:
                     yield await reading.popleft()
@@ -116,7 +117,7 @@ class EventLog:
         try:
             async with asyncio.TaskGroup() as puts:
                 for date, lines in batch.lines.items():
-                    puts.create_task(self._objects.put(f"events/date={date}/{uuid.uuid4()}.jsonl", b"".join(lines)))
+                    puts.create_task(self._objects.put(keys.events(date, str(uuid.uuid4())), b"".join(lines)))
             failure = None
         except ExceptionGroup as errors:
             # Whatever it was (a refused write too), the events are good: their messages must outlast the trouble.

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from services.reporter.aggregate import Report, Tally, known_modality, month_before, training_status
+from services.reporter.aggregate import Tally, known_modality, month_before, training_status
 from services.reporter.eventlog import EventLog
 from services.reporter.page import page
+from shared import keys
 from shared import metrics as declared
+from shared.documents.reports import Report
+from shared.idempotency import store
 from shared.log import get_logger
 from shared.messages import (
     Event,
@@ -114,8 +117,8 @@ async def report(
     images = await _images(made, objects, largest_image_bytes)
 
     # Store: the numbers first, which the page links to.
-    await objects.put(f"reports/{month}.json", made.model_dump_json(indent=2).encode())
-    await objects.put(f"reports/{month}.html", await asyncio.to_thread(page, made, images))
+    await store(objects, keys.report(month), made)
+    await objects.put(keys.report_page(month), await asyncio.to_thread(page, made, images))
     log.info("report.made", month=month, events=made.n_events, repeats=made.n_repeats, unreadable=made.n_unreadable)
 
 

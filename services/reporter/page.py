@@ -9,10 +9,10 @@ from datetime import UTC
 from itertools import pairwise
 from xml.etree.ElementTree import Element
 
-from services.reporter.aggregate import MapStatistics, Report, Round, Training, TrainingStatus
 from services.reporter.html import Child, document, el
 from services.reporter.plots import durations_plot, number, relative, rounds_plot, seconds
 from services.reporter.style import CSS
+from shared.documents.reports import MapStatistics, Report, Round, Training, TrainingStatus
 from shared.messages import Evaluation, Memorisation
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

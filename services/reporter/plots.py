@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
-from services.reporter.aggregate import Round
 from services.reporter.html import el
+from shared.documents.reports import Round
 
 WIDTH = 560.0
 LOG_FROM = 20.0

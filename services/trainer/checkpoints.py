@@ -16,9 +16,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.trainer.records import StoredPartial
 from shared.child import Json
+from shared.documents.document import Document, body_of
+from shared.documents.training import StoredPartial
 from shared.errors import Claimed, Unavailable
+from shared.keys import RoundKeys
 from shared.log import get_logger
 from shared.objects import ObjectMissing, ObjectStore
 from shared.workfolder import sha256_of_file
@@ -31,8 +33,7 @@ class Checkpoints:
     """Those of one try at a round, while this worker has the lease."""
 
     objects: ObjectStore
-    folder: str
-    """`…/rounds/<n>`."""
+    keys: RoundKeys
     number: int
     """Of the try, from 0."""
     epoch: int
@@ -46,7 +47,8 @@ class Checkpoints:
     async def take(self) -> None:
         """Take them over from the former owner. Raises `Claimed` where another worker did so later."""
         while (seen := await self._see()) is not None and seen.epoch < self.epoch:
-            await self.objects.put_if_match(self._key, _body(seen, epoch=self.epoch), self._etag)
+            ours = seen.model_copy(update={"epoch": self.epoch})
+            await self.objects.put_if_match(self._document.key, body_of(ours), self._etag)
         self.pointer = seen
 
     def reached(self) -> int:
@@ -86,12 +88,12 @@ class Checkpoints:
 
     async def delete(self) -> None:
         """Delete those of all tries, also what a former owner left behind."""
-        async for item in self.objects.list(f"{self.folder}/partial."):
+        async for item in self.objects.list(self.keys.partials_prefix):
             await self.objects.delete(item.key)
 
     @property
-    def _key(self) -> str:
-        return f"{self.folder}/partial.{self.number}.json"
+    def _document(self) -> Document[StoredPartial]:
+        return self.keys.partial(self.number)
 
     async def _store(self) -> None:
         while self._newest is not None or not self._ended:
@@ -102,7 +104,7 @@ class Checkpoints:
                 await self._store_one(*saved)
 
     async def _store_one(self, path: Path, step: int) -> None:
-        key = f"{self.folder}/partial.{self.number}.{self.epoch}.{step}.pt"
+        key = self.keys.partial_checkpoint(self.number, self.epoch, step)
         sha256 = await asyncio.to_thread(sha256_of_file, path)
         pointer = StoredPartial(epoch=self.epoch, step=step, key=key, sha256=sha256)
         try:
@@ -118,9 +120,9 @@ class Checkpoints:
         left = self.pointer
         while await self._see() != pointer:
             if self._etag:
-                await self.objects.put_if_match(self._key, _body(pointer), self._etag)
+                await self.objects.put_if_match(self._document.key, body_of(pointer), self._etag)
             else:
-                await self.objects.put_if_absent(self._key, _body(pointer))
+                await self.objects.put_if_absent(self._document.key, body_of(pointer))
         self.pointer = pointer
         if left is not None and left.key != pointer.key:
             await self.objects.delete(left.key)
@@ -128,15 +130,11 @@ class Checkpoints:
     async def _see(self) -> StoredPartial | None:
         """Look at the pointer. Raises `Claimed` where another worker took over."""
         try:
-            body, self._etag = await self.objects.get_with_etag(self._key)
+            body, self._etag = await self.objects.get_with_etag(self._document.key)
         except ObjectMissing:
             self._etag = ""
             return None
-        seen = StoredPartial.model_validate_json(body)
+        seen = self._document.parse(body)
         if seen.epoch > self.epoch:
             raise Claimed("another worker goes on with the round")
         return seen
-
-
-def _body(pointer: StoredPartial, **changes: int) -> bytes:
-    return pointer.model_copy(update=changes).model_dump_json().encode()

@@ -13,19 +13,18 @@ import asyncio
 import json
 from collections.abc import Sequence
 
-from services.trainer.data.manifest import Manifest
-from services.trainer.data.units import Units
 from services.trainer.products import card, curves
-from services.trainer.records import StoredCompletion, StoredRound
 from services.trainer.run import Run
+from shared.documents.arrays import Units
+from shared.documents.training import StoredCompletion, StoredRound
 from shared.messages import CompletedTraining
 
 
 async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> StoredCompletion:
     """Make the products of round `best`, from 1, of all rounds, store them, and say what completed.json is to hold."""
     # Load.
-    request, folder, objects, chosen = run.request, run.folder, run.ports.objects, rounds[best - 1]
-    manifest = Manifest.model_validate_json(await objects.get(f"{folder}/manifest.json"))
+    request, keys, objects, chosen = run.request, run.keys, run.ports.objects, rounds[best - 1]
+    manifest = keys.manifest.parse(await objects.get(keys.manifest.key))
     units = Units.common(Units(modality=array.modality, window=array.window) for array in manifest.arrays)
     out = run.work_dir / "products"
     out.mkdir()
@@ -46,7 +45,7 @@ async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> Stored
         "classes": manifest.classes,
     }
     made = await run.ask(len(rounds) + 1, asked)
-    described = card.describe(folder, chosen, manifest, units, made)
+    described = card.describe(keys.manifest.key, chosen, manifest, units, made)
     (out / "generator.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     (out / "card.md").write_text(card.model_card(described, rounds), encoding="utf-8")
     (out / "medigan.json").write_text(json.dumps(card.medigan(described), indent=1), encoding="utf-8")
@@ -55,7 +54,7 @@ async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> Stored
 
     # Store.
     for name in [*made["files"], "curves.png", "card.md", "medigan.json", "generator.json"]:
-        await objects.upload(out / name, f"{folder}/{name}")
+        await objects.upload(out / name, keys.product(name))
     told = CompletedTraining(
         request_id=request.request_id,
         dataset=request.dataset,
@@ -64,8 +63,8 @@ async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> Stored
         rounds=len(rounds),
         evaluation=chosen.told.evaluation,
         config=chosen.told.config,
-        generator_key=f"{folder}/generator.pt",
-        images_key=f"{folder}/images.png",
-        images_array_key=f"{folder}/images.npy",
+        generator_key=keys.generator,
+        images_key=keys.images,
+        images_array_key=keys.images_array,
     )
     return StoredCompletion(told=told, time=run.ports.clock(), best_round=best)

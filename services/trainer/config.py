@@ -5,7 +5,8 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
-Value = int | float | str | bool
+from shared.documents.training import Value
+
 MAX_AUGMENTATION = 0.8
 """Probability of a random change of an image; with more, changed images may be taken for what is to be made."""
 

@@ -29,13 +29,14 @@ from typing import TypeVar
 from services.trainer.completion import complete
 from services.trainer.data.loading import loaded
 from services.trainer.reasons import CannotTrain
-from services.trainer.records import StoredCompletion, StoredFailure, StoredOptions, goal_of
 from services.trainer.rounds import announce, evaluate, first_config, modify, train
 from services.trainer.run import Ports, Run
-from services.trainer.strategy.policy import best_round
+from services.trainer.strategy.policy import Goal, Observation, best_round
 from shared.concurrency import temporary_folder
+from shared.documents.training import StoredCompletion, StoredFailure, StoredOptions
 from shared.errors import Unprocessable
-from shared.idempotency import once, store_once
+from shared.idempotency import once, store, store_once
+from shared.keys import TrainingKeys
 from shared.log import get_logger
 from shared.messages import FailedTraining, TrainingCompleted, TrainingFailed, TrainingRequest, TrainingRequested
 
@@ -73,7 +74,7 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
 async def accept(request: TrainingRequest, *, asked_at: datetime, ports: Ports) -> None:
     """Store what is asked for. Raises `Unprocessable` where the id is another request's."""
     options = StoredOptions(request=request, settings=ports.settings.model_dump(mode="json"), time=asked_at)
-    stored = await store_once(ports.objects, f"models/{request.request_id}/options.json", options)
+    stored = await store_once(ports.objects, TrainingKeys(request.request_id).options, options)
     if stored.request != request:
         raise Unprocessable("request_id_taken")
 
@@ -89,13 +90,13 @@ async def claimed(
 
     None where it cannot work: that is stored and announced. Raises as `once`.
     """
-    folder = f"models/{request.request_id}"
+    keys = TrainingKeys(request.request_id)
 
     async def do(epoch: int) -> StoredCompletion | Result | None:
-        await ports.objects.delete(f"{folder}/failure.json")  # of an earlier try: there may be more data now
+        await ports.objects.delete(keys.failure.key)  # of an earlier try: there may be more data now
         try:
             async with temporary_folder("training-") as work_dir:
-                return await work(Run(request, folder, epoch, ports, work_dir))
+                return await work(Run(request, keys, epoch, ports, work_dir))
         except CannotTrain as failed:
             told = FailedTraining(
                 request_id=request.request_id,
@@ -103,8 +104,7 @@ async def claimed(
                 reason_code=failed.reason_code,
                 numbers=failed.numbers,
             )
-            failure = StoredFailure(told=told, time=ports.clock())
-            await ports.objects.put(f"{folder}/failure.json", failure.model_dump_json(indent=1).encode())
+            await store(ports.objects, keys.failure, StoredFailure(told=told, time=ports.clock()))
             log.warning(
                 "training.failed", request_id=request.request_id, reason_code=failed.reason_code, **failed.numbers
             )
@@ -113,10 +113,9 @@ async def claimed(
 
     return await once(
         ports.objects,
-        f"{folder}/completed.json",
-        StoredCompletion,
+        keys.completed,
         do,
-        claim=f"{folder}/lease.json",
+        claim=keys.lease,
         lease_s=ports.settings.lease_s,
         clock=ports.clock,
     )
@@ -133,7 +132,7 @@ async def _train(run: Run) -> StoredCompletion:
     """Do what is left to do. Raises `CannotTrain`."""
     # Load.
     await first_config(run)
-    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings) as images:
+    async with loaded(run.request, run.keys.manifest, run.ports.objects, run.ports.settings) as images:
         for done in await run.rounds():
             await announce(run, done)
 
@@ -150,4 +149,4 @@ async def _train(run: Run) -> StoredCompletion:
 async def generate(run: Run) -> StoredCompletion:
     """Make the products of the best round."""
     rounds = await run.rounds()
-    return await complete(run, rounds, best_round([done.observation() for done in rounds], goal_of(run.request)))
+    return await complete(run, rounds, best_round(list(map(Observation.of, rounds)), Goal.of(run.request)))

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from tree_sitter import Language, Node, Parser
 
-from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParameter, Value
+from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParameter
+from shared.documents.training import Value
 
 _JAVASCRIPT = Language(tree_sitter_javascript.language())
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "v": "\v", "0": "\0"}

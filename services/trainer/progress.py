@@ -2,15 +2,15 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from services.trainer.jsconfig import checked_config
-from services.trainer.records import StoredPlan
 from services.trainer.run import Run
 from shared.child import Json, Progress
+from shared.documents.training import StoredPlan, StoredProgress
 from shared.errors import Unavailable
+from shared.idempotency import store
 
 
 @asynccontextmanager
@@ -31,17 +31,17 @@ async def shown(run: Run, plan: StoredPlan) -> AsyncIterator[Progress]:
             told = await news.get()
             while not news.empty():
                 told = news.get_nowait()
-            document = {
-                "round": plan.round,
-                "step": told["step"] - plan.until + config.steps,
-                "of_steps": config.steps,
-                "images_seen": told["step"] * config.batch_size,
-                "generator_loss": told["generator_loss"],
-                "discriminator_loss": told["discriminator_loss"],
-                "time": run.ports.clock().isoformat(),
-            }
+            progress = StoredProgress(
+                round=plan.round,
+                step=told["step"] - plan.until + config.steps,
+                of_steps=config.steps,
+                images_seen=told["step"] * config.batch_size,
+                generator_loss=told["generator_loss"],
+                discriminator_loss=told["discriminator_loss"],
+                time=run.ports.clock(),
+            )
             with contextlib.suppress(Unavailable):
-                await run.ports.objects.put(f"{run.folder}/progress.json", json.dumps(document).encode())
+                await store(run.ports.objects, run.keys.progress, progress)
 
     keeping = asyncio.create_task(keep())
     try:

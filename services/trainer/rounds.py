@@ -12,10 +12,10 @@ from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParame
 from services.trainer.jsconfig import modify_config, read_config
 from services.trainer.progress import shown
 from services.trainer.reasons import CannotTrain
-from services.trainer.records import StoredPlan, StoredRound, StoredState, StoredTrained, goal_of
 from services.trainer.run import Ports, Run
 from services.trainer.strategy import optuna_search, policy
 from shared.child import Json
+from shared.documents.training import StoredPlan, StoredRound, StoredState, StoredTrained
 from shared.errors import Continue
 from shared.idempotency import store_once, stored
 from shared.log import get_logger
@@ -35,11 +35,11 @@ async def first_config(run: Run) -> str:
     Raises:
         CannotTrain: `unknown_parameter`, `invalid_parameter`.
     """
-    objects, key = run.ports.objects, f"{run.folder}/first_config.js"
+    objects, key = run.ports.objects, run.keys.first_config
     with contextlib.suppress(ObjectMissing):
         return (await objects.get(key)).decode()
     try:
-        text = (await objects.get(f"{run.folder}/config.js")).decode()
+        text = (await objects.get(run.keys.config)).decode()
     except ObjectMissing:
         text = DEFAULT_CONFIG.read_text(encoding="utf-8")
     try:
@@ -65,9 +65,9 @@ async def modify(run: Run) -> StoredPlan | None:
     last = rounds[-1] if rounds else None
     text = (await objects.get(last.told.config_key)).decode() if last else await first_config(run)
     state = await run.state(len(rounds) + 1)
-    observed = [done.observation() for done in rounds]
+    observed = list(map(policy.Observation.of, rounds))
     decide = optuna_search.decide if run.request.strategy == "optuna" else policy.decide
-    situation = policy.Situation(read_config(text), observed, goal_of(run.request), state.divergences)
+    situation = policy.Situation(read_config(text), observed, policy.Goal.of(run.request), state.divergences)
     try:
         decision = await asyncio.to_thread(decide, situation)
     except ModuleNotFoundError:
@@ -85,8 +85,8 @@ async def modify(run: Run) -> StoredPlan | None:
         until=before + TrainingConfig.of(read_config(text)).steps,
         config=text,
     )
-    plan = await store_once(objects, f"{_folder(run, plan)}/plan.{plan.number}.json", plan)
-    await objects.put(f"{run.folder}/config.js", plan.config.encode())
+    plan = await store_once(objects, run.keys.round(plan.round).plan(plan.number), plan)
+    await objects.put(run.keys.config, plan.config.encode())
     return plan
 
 
@@ -103,7 +103,7 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
         Unavailable: the training process failed.
         CannotTrain: it did so too often without coming further, or the losses diverged too often.
     """
-    ports, folder = run.ports, _folder(run, plan)
+    ports, keys = run.ports, run.keys.round(plan.round)
     trained = await trained_of(run, plan)
     if trained is not None:
         return trained
@@ -118,7 +118,7 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
     )
 
     # Fetch where to go on.
-    checkpoints = Checkpoints(ports.objects, folder, plan.number, run.epoch)
+    checkpoints = Checkpoints(ports.objects, keys, plan.number, run.epoch)
     await checkpoints.take()
     checkpoint: Path | None = out / "start.pt"
     if not await checkpoints.download(out / "start.pt"):
@@ -130,7 +130,7 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
     # Train.
     asked = {
         "do": "train",
-        "job": {"folder": run.folder, "name": f"{plan.round}-{plan.number}"},
+        "job": {"folder": run.keys.folder, "name": f"{plan.round}-{plan.number}"},
         "images": images,
         "config": str(out / "config.js"),
         "checkpoint": str(checkpoint) if checkpoint else None,
@@ -159,21 +159,21 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
         return None
 
     # Store: what names the others comes last.
-    key = f"{folder}/checkpoint.{run.epoch}.pt"
+    key = keys.checkpoint(run.epoch)
     await ports.objects.upload(out / "checkpoint.pt", key)
     return await store_once(
-        ports.objects, _trained_key(run, plan), StoredTrained.model_validate({**reply, "checkpoint_key": key})
+        ports.objects, keys.trained(plan.number), StoredTrained.model_validate({**reply, "checkpoint_key": key})
     )
 
 
 async def trained_of(run: Run, plan: StoredPlan) -> StoredTrained | None:
     """Return what was trained as planned, if it was."""
-    return await stored(run.ports.objects, _trained_key(run, plan), StoredTrained)
+    return await stored(run.ports.objects, run.keys.round(plan.round).trained(plan.number))
 
 
 async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: Json) -> StoredRound | None:
     """Judge what was trained, store it and announce it; None where the images are no numbers, which is a divergence."""
-    objects, folder, out = run.ports.objects, _folder(run, plan), _work_dir(run, plan)
+    objects, keys, out = run.ports.objects, run.keys.round(plan.round), _work_dir(run, plan)
 
     # Evaluate.
     await objects.download(trained.checkpoint_key, out / "checkpoint.pt")
@@ -191,7 +191,7 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
         return None
 
     # Store. The evaluation comes last: it names the others, and makes the round one that is never trained again.
-    images_key, config_key = f"{folder}/images.{run.epoch}.png", f"{folder}/config.{run.epoch}.js"
+    images_key, config_key = keys.images(run.epoch), keys.config(run.epoch)
     await objects.upload(out / "images.png", images_key)
     await objects.put(config_key, plan.config.encode())
     parameters = read_config(plan.config)
@@ -215,10 +215,10 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
         continued_from=plan.continue_from,
         n_features=reply["evaluation"]["d"],
     )
-    why_not = policy.why_not(done.observation(), goal_of(run.request))
+    why_not = policy.why_not(policy.Observation.of(done), policy.Goal.of(run.request))
     done = done.model_copy(update={"told": told.model_copy(update={"approved": not why_not, "why_not": why_not})})
-    await Checkpoints(objects, folder, plan.number, run.epoch).delete()
-    done = await store_once(objects, run.evaluation_key(plan.round), done)
+    await Checkpoints(objects, keys, plan.number, run.epoch).delete()
+    done = await store_once(objects, keys.evaluation, done)
     await run.store_state(StoredState(round=plan.round + 1))
     log.info(
         "training.round_stored",
@@ -252,14 +252,6 @@ def _extractor(ports: Ports) -> Json | None:
         return None
     settings = ports.settings
     return {"path": str(ports.extractor), "sha256": settings.features_sha256, "size": settings.features_size}
-
-
-def _folder(run: Run, plan: StoredPlan) -> str:
-    return f"{run.folder}/rounds/{plan.round}"
-
-
-def _trained_key(run: Run, plan: StoredPlan) -> str:
-    return f"{_folder(run, plan)}/trained.{plan.number}.json"
 
 
 def _work_dir(run: Run, plan: StoredPlan) -> Path:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from services.trainer.reasons import CannotTrain
-from services.trainer.records import StoredRound, StoredState
 from services.trainer.settings import TrainerSettings
 from shared.child import ChildFailed, Json, Progress
+from shared.documents.training import StoredRound, StoredState
 from shared.errors import Continue, Unavailable, Unprocessable
-from shared.idempotency import stored
+from shared.idempotency import store, stored
+from shared.keys import TrainingKeys
 from shared.log import get_logger
 from shared.messages import TrainingRequest
 from shared.objects import ObjectStore
@@ -57,8 +58,7 @@ class Run:
     """A training while this worker has its lease."""
 
     request: TrainingRequest
-    folder: str
-    """`models/<request id>`."""
+    keys: TrainingKeys
     epoch: int
     """Of the lease: what this worker stores under names that carry it is its own."""
     ports: Ports
@@ -67,24 +67,20 @@ class Run:
     async def rounds(self) -> list[StoredRound]:
         """Return the completed rounds."""
         rounds: list[StoredRound] = []
-        while done := await stored(self.ports.objects, self.evaluation_key(len(rounds) + 1), StoredRound):
+        while done := await stored(self.ports.objects, self.keys.round(len(rounds) + 1).evaluation):
             rounds.append(done)
         return rounds
 
-    def evaluation_key(self, number: int) -> str:
-        """Return where a completed round is stored."""
-        return f"{self.folder}/rounds/{number}/evaluation.json"
-
     async def state(self, number: int) -> StoredState:
         """Return how often round `number` was tried. Raises `CannotTrain` where that was often enough."""
-        state = await stored(self.ports.objects, f"{self.folder}/state.json", StoredState)
+        state = await stored(self.ports.objects, self.keys.state)
         if state is None or state.round != number:  # what is stored of another round no longer counts
             state = StoredState(round=number)
         return _checked(state)
 
     async def store_state(self, state: StoredState) -> None:
         """Store it. Raises `CannotTrain` where that was often enough, with the same reason at each delivery."""
-        await self.ports.objects.put(f"{self.folder}/state.json", state.model_dump_json().encode())
+        await store(self.ports.objects, self.keys.state, state)
         _checked(state)
 
     async def ask(self, number: int, asked: Json, *, reached: int = 0) -> Json:

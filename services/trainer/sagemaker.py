@@ -44,6 +44,7 @@ from services.trainer.settings import TrainerSettings
 from shared.child import Child, ChildFailed, Json, Progress
 from shared.concurrency import all_of
 from shared.errors import Unavailable, Unprocessable
+from shared.keys import JobKeys
 from shared.log import get_logger
 from shared.objects import ObjectStore
 
@@ -100,14 +101,15 @@ class SageMaker:
         folder, name = request["job"]["folder"], request["job"]["name"]
         # Two deployments may have one account, and job names are the account's.
         whose = hashlib.sha256(f"{self._objects.bucket}/{folder}".encode()).hexdigest()[:16]
-        following = _Following(self._objects, f"{folder}/sagemaker/{name}", request, on_progress or (lambda _: None))
+        keys = JobKeys(folder, name)
+        following = _Following(self._objects, keys, request, on_progress or (lambda _: None))
         reply: Json | None = None
         numbers = itertools.count()
         while reply is None:
             job = f"radqueue-{whose}-{name}-{next(numbers)}"
             created = False
             if await self._described(job) is None:
-                created = await self._create(job, request, following.folder, deadline_s)
+                created = await self._create(job, request, keys, deadline_s)
             reply = await self._follow(job, following, created=created)
         if "unprocessable" in reply:
             raise Unprocessable(reply["unprocessable"])
@@ -151,12 +153,12 @@ class SageMaker:
                 raise
         return told
 
-    async def _create(self, job: str, request: Json, folder: str, deadline_s: float) -> bool:
+    async def _create(self, job: str, request: Json, keys: JobKeys, deadline_s: float) -> bool:
         """Create the job; tells whether it did, and not another worker before it."""
-        await self._store_input(request, f"{folder}/{job}/")
+        await self._store_input(request, keys, keys.input(job))
         with _aws_errors():
             try:
-                await self._client.create_training_job(**self._described_as(job, request, folder, deadline_s))
+                await self._client.create_training_job(**self._described_as(job, request, keys, deadline_s))
             except ClientError as error:
                 if error.response["Error"]["Code"] == TAKEN:
                     return False
@@ -166,21 +168,21 @@ class SageMaker:
         log.info("training.job_created", job=job)
         return True
 
-    async def _store_input(self, request: Json, folder: str) -> None:
+    async def _store_input(self, request: Json, keys: JobKeys, prefix: str) -> None:
         async def store_array(path: Path) -> None:
-            key = f"{request['job']['folder']}/sagemaker/data/{path.name}"
+            key = f"{keys.data}{path.name}"
             if not await self._objects.exists(key):
                 await self._objects.upload(path, key)
 
         arrays = [Path(path) for path in request["images"]["train"]]
         await all_of([partial(store_array, path) for path in arrays], at_once=UPLOADS)
         images = {**request["images"], "train": [path.name for path in arrays], "held_out": []}
-        await self._objects.put(f"{folder}images.json", json.dumps(images).encode())
-        await self._objects.upload(Path(request["config"]), f"{folder}config.js")
+        await self._objects.put(f"{prefix}images.json", json.dumps(images).encode())
+        await self._objects.upload(Path(request["config"]), f"{prefix}config.js")
         if request["checkpoint"]:
-            await self._objects.upload(Path(request["checkpoint"]), f"{folder}start.pt")
+            await self._objects.upload(Path(request["checkpoint"]), f"{prefix}start.pt")
 
-    def _described_as(self, job: str, request: Json, folder: str, deadline_s: float) -> Json:
+    def _described_as(self, job: str, request: Json, keys: JobKeys, deadline_s: float) -> Json:
         settings, base = self._settings, f"s3://{self._objects.bucket}"
         longest_s = max(1, int(deadline_s))
         stopping = {"MaxRuntimeInSeconds": longest_s}
@@ -196,11 +198,11 @@ class SageMaker:
             "RoleArn": settings.sagemaker_role,
             "HyperParameters": {name: json.dumps(request[name]) for name in HYPERPARAMETERS},
             "InputDataConfig": [
-                _channel("arrays", f"{base}/{request['job']['folder']}/sagemaker/data/"),
-                _channel("job", f"{base}/{folder}/{job}/"),
+                _channel("arrays", f"{base}/{keys.data}"),
+                _channel("job", f"{base}/{keys.input(job)}"),
             ],
-            "CheckpointConfig": {"S3Uri": f"{base}/{folder}/checkpoints"},
-            "OutputDataConfig": {"S3OutputPath": f"{base}/{folder}/output"},
+            "CheckpointConfig": {"S3Uri": f"{base}/{keys.checkpoints}"},
+            "OutputDataConfig": {"S3OutputPath": f"{base}/{keys.output}"},
             "ResourceConfig": {
                 "InstanceType": settings.sagemaker_instance,
                 "InstanceCount": settings.sagemaker_instances,
@@ -218,8 +220,7 @@ class _Following:
     """What a try's jobs leave in S3, as far as it was told."""
 
     objects: ObjectStore
-    folder: str
-    """`models/<request id>/sagemaker/<round>-<try>`."""
+    keys: JobKeys
     request: Json
     tell: Progress
     step: int | None = None
@@ -234,7 +235,7 @@ class _Following:
     async def pass_on(self) -> None:
         """Tell what is new, and delete what is old. Checkpoints of before the first look are no news."""
         partials: dict[int, str] = {}
-        async for item in self.objects.list(f"{self.folder}/checkpoints/"):
+        async for item in self.objects.list(f"{self.keys.checkpoints}/"):
             name = item.key.rpartition("/")[2]
             if name == "progress.json" and item.etag != self.progress:
                 self.tell(json.loads(await self.objects.get(item.key)))
@@ -253,7 +254,7 @@ class _Following:
     async def returned(self, job: str) -> Json | None:
         """Return the reply of a job that ended well, and put its checkpoint in place; None where it had paused."""
         out = Path(self.request["out"])
-        await self.objects.download(f"{self.folder}/output/{job}/output/model.tar.gz", out / "model.tar.gz")
+        await self.objects.download(self.keys.returned(job), out / "model.tar.gz")
         await asyncio.to_thread(_unpack, out / "model.tar.gz", out)
         reply: Json = json.loads((out / "reply.json").read_bytes())
         return None if reply.get("outcome") == "paused" else reply

@@ -31,14 +31,15 @@ from pydantic import ValidationError
 from services.trainer.__main__ import ports_of
 from services.trainer.data.loading import loaded
 from services.trainer.handler import accept, announce_completion, claimed, generate
-from services.trainer.records import StoredCompletion, StoredFailure, StoredOptions
 from services.trainer.rounds import announce, evaluate, first_config, modify, train, trained_of
 from services.trainer.run import Ports, Run
 from services.trainer.settings import TrainerSettings
 from shared.aws import Aws
 from shared.child import Json
+from shared.documents.training import StoredCompletion, StoredStep
 from shared.errors import Continue, Unavailable, Unprocessable
-from shared.idempotency import stored
+from shared.idempotency import store, stored
+from shared.keys import TrainingKeys
 from shared.messages import TrainingRequest
 from shared.metrics import Metrics
 from shared.service import run as run_service
@@ -55,12 +56,12 @@ async def perform(step: str, request_id: str, asked: Json | None, ports: Ports) 
     except (Continue, Unavailable) as error:
         return os.EX_TEMPFAIL, {"step": step, "reason": str(error) or "stopped"}
     reply = {"step": step, **reply}
-    await ports.objects.put(f"models/{request_id}/step.json", json.dumps(reply).encode())
+    await store(ports.objects, TrainingKeys(request_id).step, StoredStep.model_validate(reply))
     return os.EX_DATAERR if "reason" in reply else os.EX_OK, reply
 
 
 async def _perform(step: str, request_id: str, asked: Json | None, ports: Ports) -> Json:
-    folder = f"models/{request_id}"
+    keys = TrainingKeys(request_id)
     if asked is not None:
         if unknown := asked.keys() - TrainingRequest.model_fields.keys():  # a message may have such, of a later version
             raise Unprocessable("invalid_request", ", ".join(sorted(unknown)))
@@ -70,12 +71,12 @@ async def _perform(step: str, request_id: str, asked: Json | None, ports: Ports)
             fields = {str(detail["loc"][0]) for detail in error.errors()}
             raise Unprocessable("invalid_request", ", ".join(sorted(fields))) from None
         await accept(request, asked_at=ports.clock(), ports=ports)
-    options = await stored(ports.objects, f"{folder}/options.json", StoredOptions)
+    options = await stored(ports.objects, keys.options)
     if options is None:
         raise Unprocessable("unknown_request")
     done = await claimed(options.request, STEPS[step], asked_at=options.time or ports.clock(), ports=ports)
     if done is None:
-        failure = await stored(ports.objects, f"{folder}/failure.json", StoredFailure)
+        failure = await stored(ports.objects, keys.failure)
         return {"next": None, "reason": failure.told.reason_code if failure else "failed"}
     if not isinstance(done, StoredCompletion):
         return done
@@ -87,7 +88,7 @@ async def _perform(step: str, request_id: str, asked: Json | None, ports: Ports)
 
 async def _load(run: Run) -> Json:
     await first_config(run)
-    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings):
+    async with loaded(run.request, run.keys.manifest, run.ports.objects, run.ports.settings):
         return {"next": "modify"}
 
 
@@ -102,7 +103,7 @@ async def _train(run: Run) -> Json:
     plan = await modify(run)
     if plan is None:
         return {"next": "generate"}
-    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings) as images:
+    async with loaded(run.request, run.keys.manifest, run.ports.objects, run.ports.settings) as images:
         trained = await train(run, plan, images)
     if trained is None:
         return {"next": "modify", "round": plan.round, "diverged": True}
@@ -116,7 +117,7 @@ async def _evaluate(run: Run) -> Json:
         for done in (await run.rounds())[-1:]:
             await announce(run, done)
         return {"next": "modify"}
-    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings) as images:
+    async with loaded(run.request, run.keys.manifest, run.ports.objects, run.ports.settings) as images:
         judged = await evaluate(run, plan, trained, images)
     if judged is None:
         return {"next": "modify", "round": plan.round, "diverged": True}

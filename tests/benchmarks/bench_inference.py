@@ -36,9 +36,10 @@ from services.inference.serving.maphost import cuda_runtime
 from services.inference.serving.runner import MapRunner, Run, Serving, Study
 from services.inference.settings import InferenceSettings
 from services.inference.targets.archive import Instance
-from shared import config
+from shared import config, keys
 from shared.aws import connect
-from shared.dicom import Revision, StoredInstance, digest_of, instance_key, sha_of
+from shared.documents.document import body_of
+from shared.documents.revisions import Revision, StoredInstance, digest_of, sha_of
 from shared.messages import ReadySeries, SeriesReady
 from shared.objects import ObjectStore
 from shared.phantom import write_ct_series
@@ -308,7 +309,7 @@ def _stored(s3: Any, bucket: str) -> SeriesReady:
         header = pydicom.dcmread(io.BytesIO(content))
         uids = (str(header.StudyInstanceUID), str(header.SeriesInstanceUID), str(header.SOPInstanceUID))
         sha = sha_of(content)
-        key = instance_key(*uids, sha)
+        key = keys.instance(*uids, sha)
         s3.put_object(Bucket=bucket, Key=key, Body=content)
         instances.append(StoredInstance(sop_instance_uid=uids[2], sha=sha, key=key))
     revision = Revision(
@@ -320,16 +321,16 @@ def _stored(s3: Any, bucket: str) -> SeriesReady:
         instances=tuple(instances),
         attributes={"Modality": "CT"},
     )
-    s3.put_object(Bucket=bucket, Key=revision.key, Body=revision.body())
+    s3.put_object(Bucket=bucket, Key=keys.document_of(revision).key, Body=body_of(revision))
     told = ReadySeries(
         study_uid=uids[0],
         series_uid=uids[1],
         digest=revision.digest,
-        revision_key=revision.key,
+        revision_key=keys.document_of(revision).key,
         dataset="bench",
         n_instances=len(instances),
     )
-    return SeriesReady.of(revision.key, told, time=NOW)
+    return SeriesReady.of(keys.document_of(revision).key, told, time=NOW)
 
 
 # Pushing.

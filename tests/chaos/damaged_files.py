@@ -31,7 +31,8 @@ from rle.utils import encode_array
 from services.ingest.decoder import Decoder, Rejected
 from services.ingest.reasons import REASONS, WARNINGS
 from services.ingest.settings import MIB, IngestSettings
-from shared.dicom import is_uid, silence
+from shared.keys import is_uid
+from shared.pydicom_silence import silence
 
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files"
 LARGEST_SEED_BYTES = 100_000

@@ -19,9 +19,11 @@ import aiohttp
 import numpy as np
 import pydicom
 
+from shared import keys
 from shared.aws import Aws
-from shared.dicom import Revision, StoredInstance, digest_of, instance_key, sha_of
 from shared.dicomweb import DicomWeb, base_url
+from shared.documents.document import body_of
+from shared.documents.revisions import Revision, StoredInstance, digest_of, sha_of
 from shared.messages import (
     Event,
     ReadySeries,
@@ -212,9 +214,13 @@ class Inference(Journey):
             uids = {"study_uid": study_uid, "series_uid": series_uid, "digest": digest_of(instances)}
             about = {"created": NOON, "dataset": "chest", "attributes": {"Modality": modality}}
             revision = Revision(instances=tuple(instances), **uids, **about)
-            await self.world.objects.put(revision.key, revision.body())
+            await self.world.objects.put(keys.document_of(revision).key, body_of(revision))
             told = ReadySeries(
-                revision_key=revision.key, dataset="chest", n_instances=len(instances), modality=modality, **uids
+                revision_key=keys.document_of(revision).key,
+                dataset="chest",
+                n_instances=len(instances),
+                modality=modality,
+                **uids,
             )
             await self.world.send("inference", SeriesReady.of(series_uid, told, time=NOON))
 
@@ -251,7 +257,7 @@ class Inference(Journey):
 def _instance(body: bytes) -> StoredInstance:
     header = pydicom.dcmread(io.BytesIO(body))
     uids = str(header.StudyInstanceUID), str(header.SeriesInstanceUID), str(header.SOPInstanceUID)
-    return StoredInstance(sop_instance_uid=uids[2], sha=sha_of(body), key=instance_key(*uids, sha_of(body)))
+    return StoredInstance(sop_instance_uid=uids[2], sha=sha_of(body), key=keys.instance(*uids, sha_of(body)))
 
 
 def _whose(found: str, results: list[str]) -> str:

@@ -14,10 +14,11 @@ from cli.client import Client, Refused
 from cli.main import app
 from cli.study import uploads
 from deploy.local.stack import ROOT
-from services.inference.records import result_prefix
-from shared.dicom import instance_key
+from shared import keys
+from shared.keys import ResultKeys
 from shared.messages import InferenceRequested, InferenceTask, SeriesRef, TrainingRequested, decode
 from shared.phantom import write_ct_series
+from tests.cli import stored as documents
 
 
 @pytest.fixture
@@ -198,11 +199,11 @@ def test_instances_are_known_by_the_keys_that_ingest_gives_them(tmp_path):
         made.writestr("readme.txt", "no image")
     loose = [found for upload in uploads.collect([folder], "d") for found in uploads.instances(upload)[0]]
     (zipped,) = uploads.collect([archive], "d")
-    keys = {instance_key(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha) for one in loose}
+    expected = {keys.instance(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha) for one in loose}
 
-    assert len(keys) == 2
-    assert keys == {
-        instance_key(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha)
+    assert len(expected) == 2
+    assert expected == {
+        keys.instance(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha)
         for one in uploads.instances(zipped)[0]
     }
 
@@ -265,9 +266,8 @@ def test_train_takes_classes_and_an_address(invoke, client, received, tmp_path):
 
 def test_a_model_is_fetched_without_its_checkpoints(invoke, client, tmp_path):
     """`train --wait --out` of a finished training writes what it made, and exits with 1 if it is not approved."""
-    told = {"approved": False, "why_not": "its relative distance 3 is above 2"}
-    told |= {"generator_key": "g", "images_key": "i", "images_array_key": "a"}
-    (tmp_path / "object").write_text(json.dumps({"told": told}))
+    told = documents.completed(why_not="its relative distance 3 is above 2")
+    (tmp_path / "object").write_text(json.dumps(told))
     wanted = {"completed.json", "config.js", "generator.pt", "images.png", "images.dicom.zip", "rounds/1/config.2.js"}
     wanted |= {"card.md", "medigan.json", "manifest.json", "curves.png", "tensorboard/events.out.tfevents.0.radqueue"}
     for name in {*wanted, "lease.json", "rounds/1/checkpoint.2.pt", "progress.json.part"}:
@@ -290,7 +290,7 @@ def test_an_id_that_was_another_request_s_is_refused_at_once(invoke, client, rec
     (tmp_path / "object").write_bytes(b"any")
     client.upload(tmp_path / "object", "datasets/commands-taken/any.npy")
     before = {"request_id": "taken", "dataset": "commands-taken", "threshold": 3.0}
-    (tmp_path / "object").write_text(json.dumps({"request": before}))
+    (tmp_path / "object").write_text(json.dumps({"request": before, "settings": {}}))
     client.upload(tmp_path / "object", "models/taken/options.json")
     refused = invoke(*asked[:-1], "4")
     n_sent = len(received("radqueue-training"))
@@ -349,14 +349,16 @@ def test_results_are_the_newest_of_each_series_and_map(invoke, local_aws, tmp_pa
 
     def put_result(digest, uid, *, created, finished):
         revision_key = f"studies/1.2.77/1.2.77.1/revisions/{digest}.json"
-        put(revision_key, json.dumps({"created": created, "warnings": ["gantry_tilt"]}).encode())
+        revision = documents.revision("1.2.77", digest, created=created, warnings=["gantry_tilt"])
+        put(revision_key, json.dumps(revision).encode())
         prefix = f"results/1.2.77/1.2.77.1/{digest}/a_map@{'e' * 16}/"
         put(f"{prefix}attempts/x/{uid}.dcm", uid.encode())
-        outputs = [{"sop_instance_uid": uid, "key": f"{prefix}attempts/x/{uid}.dcm"}]
+        outputs = [documents.output(uid, f"{prefix}attempts/x/{uid}.dcm")]
         put(f"{prefix}attempts/x/files/0/report.txt", b"found nothing")
-        files = [{"key": f"{prefix}attempts/x/files/0/report.txt"}]
-        result = {"map": "a_map", "outcome": "completed", "outputs": outputs, "files": files, "time": finished}
-        put(f"{prefix}result.json", json.dumps(result | {"inputs": [{"revision_key": revision_key}]}).encode())
+        files = [{"key": f"{prefix}attempts/x/files/0/report.txt", "media_type": "text/plain", "n_bytes": 13}]
+        inputs = [documents.SERIES | {"revision_key": revision_key}]
+        result = documents.result(outputs=outputs, files=files, time=finished, inputs=inputs)
+        put(f"{prefix}result.json", json.dumps(result).encode())
 
     put("studies/1.2.78/1.2.78.1/any", b"")
     put_result("f" * 32, "1.1", created="2026-01-01T00:00:00Z", finished="2026-01-01T00:00:09Z")
@@ -384,9 +386,10 @@ def test_results_tell_why_there_are_none(invoke, client, tmp_path):
     def put_outcome(study, name, attempt, when, **told):
         prefix = f"results/{study}/{study}.1/{'f' * 32}/a_map@{attempt}/"
         revision = f"studies/{study}/{study}.1/revisions/{'f' * 32}.json"
-        put(revision, {"created": "2026-01-01T00:00:00Z"})
-        common = {"map": "a_map", "attempt": attempt, "inputs": [{"revision_key": revision}]}
-        put(f"{prefix}{name}.json", common | {"time": f"2026-01-01T00:00:0{when}Z"} | told)
+        put(revision, documents.revision(study, "f" * 32))
+        common = {"attempt": attempt, "inputs": [documents.SERIES | {"revision_key": revision}]}
+        common |= {"time": f"2026-01-01T00:00:0{when}Z"}
+        put(f"{prefix}{name}.json", getattr(documents, name)(**common, **told))
         put(f"{prefix}attempts/{attempt}/log.txt", "what it printed")
 
     done = {"outcome": "completed", "outputs": [], "files": []}
@@ -421,19 +424,14 @@ def test_what_failed_is_asked_for_again(invoke, client, received, tmp_path):
     study, made = "1.2.90", datetime(2026, 1, 1, tzinfo=UTC)
     revision = f"studies/{study}/{study}.1/revisions/{'f' * 32}.json"
     series = SeriesRef(study_uid=study, series_uid=f"{study}.1", digest="f" * 32, revision_key=revision)
-    put(revision, json.dumps({"created": "2026-01-01T00:00:00Z"}))
+    put(revision, json.dumps(documents.revision(study, "f" * 32)))
     tasks = {name: InferenceTask(map=name, map_digest="e" * 32, inputs=(series,)) for name in ("bad", "mended")}
-    before = {name: InferenceRequested.of(result_prefix(task), task, time=made) for name, task in tasks.items()}
+    before = {name: InferenceRequested.of(ResultKeys.of(task).prefix, task, time=made) for name, task in tasks.items()}
     for name, task in tasks.items():
-        told = {
-            "request_id": before[name].id,
-            "attempt": name,
-            "reason_code": "deadline",
-            "time": "2026-01-01T00:00:01Z",
-        }
-        put(f"{result_prefix(task)}failure.json", json.dumps(task.model_dump() | told))
-    done = {"outcome": "completed", "outputs": [], "time": "2026-01-01T00:00:02Z"}
-    put(f"{result_prefix(tasks['mended'])}result.json", json.dumps(tasks["mended"].model_dump() | done))
+        told = {"request_id": before[name].id, "attempt": name, "time": "2026-01-01T00:00:01Z"}
+        put(f"{ResultKeys.of(task).prefix}failure.json", json.dumps(documents.failure(**task.model_dump(), **told)))
+    done = documents.result(**tasks["mended"].model_dump(), time="2026-01-01T00:00:02Z")
+    put(f"{ResultKeys.of(tasks['mended']).prefix}result.json", json.dumps(done))
     received("radqueue-inference")
     asked = [invoke("retry", study) for _ in range(2)]
     first, second = map(decode, received("radqueue-inference"))
@@ -455,9 +453,9 @@ def test_a_retry_ends_with_what_came_after_the_failure(invoke, client, tmp_path)
     )
 
     def fail(attempt, when):
-        told = {"attempt": attempt, "reason_code": "deadline", "time": f"2026-01-01T00:00:0{when}Z"}
-        (tmp_path / attempt).write_text(json.dumps(task.model_dump() | told))
-        client.upload(tmp_path / attempt, f"{result_prefix(task)}failure.json")
+        told = documents.failure(**task.model_dump(), attempt=attempt, time=f"2026-01-01T00:00:0{when}Z")
+        (tmp_path / attempt).write_text(json.dumps(told))
+        client.upload(tmp_path / attempt, f"{ResultKeys.of(task).prefix}failure.json")
 
     fail("first", 1)
     early = invoke("retry", "1.2.91", "--wait", "--timeout", "0")
@@ -467,7 +465,7 @@ def test_a_retry_ends_with_what_came_after_the_failure(invoke, client, tmp_path)
 
     assert early.exit_code == 1
     assert "it goes on" in early.output
-    assert came["attempt"] == "second"
+    assert came.attempt == "second"
     assert "nothing of study 1.2.77 failed" in invoke("retry", "1.2.77").output
 
 

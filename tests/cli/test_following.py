@@ -11,23 +11,14 @@ from cli.orders import Training, training_request
 from cli.study.journey import Journey
 from cli.study.uploads import collect, instances
 from services.inference.reasons import REASONS
-from services.inference.records import result_prefix
-from shared.dicom import Revision, StoredInstance, digest_of, instance_key
+from shared import keys
+from shared.documents.document import body_of
+from shared.documents.revisions import Revision, StoredInstance, digest_of
+from shared.keys import ResultKeys
 from shared.messages import Geometry, InferenceTask
 from shared.phantom import Patient, write_ct_series
+from tests.cli import stored
 
-EVALUATION = {
-    "metric": "FD",
-    "space": "s",
-    "n": 8,
-    "distance": 3.0,
-    "floor": 2.0,
-    "relative_fd": 1.5,
-    "quality": {"coverage": 0.5, "kid": 0.1},
-    "real_quality": {"coverage": 0.75, "kid": 0.0},
-    "memorisation": {"flagged": True},
-    "warnings": ["few_images"],
-}
 MAP = f"a_map@{'e' * 16}"
 
 
@@ -43,27 +34,27 @@ class Bucket:
         self.client.upload(path, key)
 
     def store(self, found):
-        stored = []
+        made = []
         for one in found:
-            key = instance_key(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha)
+            key = keys.instance(one.study_uid, one.series_uid, one.sop_instance_uid, one.sha)
             self.put(key, "any")
-            stored.append(StoredInstance(sop_instance_uid=one.sop_instance_uid, sha=one.sha, key=key))
-        return stored
+            made.append(StoredInstance(sop_instance_uid=one.sop_instance_uid, sha=one.sha, key=key))
+        return made
 
     def settle(self, found):
         """Store a revision of these instances; returns the prefix of its results."""
-        stored = tuple(sorted(self.store(found), key=lambda one: one.sop_instance_uid))
+        made = tuple(sorted(self.store(found), key=lambda one: one.sop_instance_uid))
         revision = Revision(
             dataset="d",
             study_uid=found[0].study_uid,
             series_uid=found[0].series_uid,
-            digest=digest_of(stored),
+            digest=digest_of(made),
             created=datetime.now(UTC),
-            instances=stored,
-            geometry=Geometry(verdict="tilted", n_slices=len(stored), n_positions=len(stored)),
+            instances=made,
+            geometry=Geometry(verdict="tilted", n_slices=len(made), n_positions=len(made)),
             warnings=("gantry_tilt",),
         )
-        self.put(revision.key, revision.body().decode())
+        self.put(keys.document_of(revision).key, body_of(revision).decode())
         return f"results/{revision.study_uid}/{revision.series_uid}/{revision.digest}/"
 
     def refuse(self, one, reason_code):
@@ -106,16 +97,16 @@ def test_a_series_is_followed_through_its_stages(client, bucket, uploaded):
     seen.append(stage(journey))
     prefix = bucket.settle(found)
     seen.append(stage(journey))
-    bucket.put(f"{prefix}routing.json", {"maps": [{"map": "a_map", "map_digest": "e" * 16}]})
+    bucket.put(f"{prefix}routing.json", stored.routing("a_map"))
     seen.append(stage(journey))
-    bucket.put(f"{prefix}{MAP}/outputs.json", {})
+    bucket.put(f"{prefix}{MAP}/outputs.json", stored.outputs())
     seen.append(stage(journey))
-    bucket.put(f"{prefix}{MAP}/result.json", {"outcome": "completed", "outputs": [{"sop_instance_uid": "1.2"}]})
+    bucket.put(f"{prefix}{MAP}/result.json", stored.result(outputs=[stored.output("1.2")]))
     seen.append(stage(journey))
 
     assert seen == ["uploaded", "uploaded", "stored", "settled", "settled", "inferred", "pushed"]
     assert journey.ended
-    assert journey.series[0].outputs == [{"sop_instance_uid": "1.2"}]
+    assert [output.sop_instance_uid for output in journey.series[0].outputs] == ["1.2"]
     assert journey.summary()["series"][0]["geometry"] == "tilted"
     assert journey.summary()["series"][0]["warnings"] == ("gantry_tilt",)
     assert list(journey.series[0].seconds) == ["uploaded", "stored", "settled", "inferred", "pushed"]
@@ -125,15 +116,15 @@ def test_a_series_is_followed_through_its_stages(client, bucket, uploaded):
     ("maps", "record", "expected"),
     [
         ([], None, "skipped"),
-        ([{"map": "a_map"}], ("result.json", {"outcome": "no_matching_series"}), "no_match"),
-        ([{"map": "a_map"}], ("failure.json", {"reason_code": "deadline"}), "failed"),
+        (["a_map"], ("result.json", stored.result(outcome="no_matching_series")), "no_match"),
+        (["a_map"], ("failure.json", stored.failure(reason_code="deadline")), "failed"),
     ],
 )
 def test_every_way_to_end_is_told_apart(client, bucket, uploaded, *, maps, record, expected):
     """No route, no matching series and a failed MAP all end the waiting, each under its own name."""
     uploads, found = uploaded
     prefix = bucket.settle(found)
-    bucket.put(f"{prefix}routing.json", {"maps": maps})
+    bucket.put(f"{prefix}routing.json", stored.routing(*maps))
     if record:
         bucket.put(f"{prefix}{MAP}/{record[0]}", record[1])
     journey = Journey(client, uploads)
@@ -146,13 +137,14 @@ def test_a_map_that_failed_tells_why_where_and_what_to_do(client, bucket, upload
     """Code, place, remedy and the log's place are told to people and to scripts; a failed push names its attempt."""
     uploads, found = uploaded
     prefix = bucket.settle(found)
-    bucket.put(f"{prefix}routing.json", {"maps": [{"map": "a_map"}, {"map": "b_map"}]})
+    bucket.put(f"{prefix}routing.json", stored.routing("a_map", "b_map"))
     other = f"b_map@{'e' * 16}"
     failure = {"reason_code": "application_error", "error_type": "KeyError", "where": "app.py:12", "attempt": "one"}
-    bucket.put(f"{prefix}{MAP}/failure.json", failure | {"map": "a_map"})
+    bucket.put(f"{prefix}{MAP}/failure.json", stored.failure(**failure))
     bucket.put(f"{prefix}{MAP}/attempts/one/log.txt", "what it printed")
-    bucket.put(f"{prefix}{other}/failure.json", {"map": "b_map", "reason_code": "push_rejected", "attempt": "two"})
-    bucket.put(f"{prefix}{other}/outputs.json", {"attempt": "one"})
+    refused = stored.failure(map="b_map", reason_code="push_rejected", attempt="two")
+    bucket.put(f"{prefix}{other}/failure.json", refused)
+    bucket.put(f"{prefix}{other}/outputs.json", stored.outputs(attempt="one"))
     bucket.put(f"{prefix}{other}/attempts/one/log.txt", "what it printed")
     journey = Journey(client, uploads)
 
@@ -174,11 +166,11 @@ def test_an_older_revision_without_all_that_was_uploaded_is_not_the_end(client, 
     """A result on a part of the series is not taken for the result of the upload."""
     uploads, found = uploaded
     prefix = bucket.settle(found[:2])
-    bucket.put(f"{prefix}routing.json", {"maps": []})
+    bucket.put(f"{prefix}routing.json", stored.routing())
     journey = Journey(client, uploads)
 
     assert stage(journey) == "uploaded"
-    bucket.put(f"{bucket.settle(found)}routing.json", {"maps": []})
+    bucket.put(f"{bucket.settle(found)}routing.json", stored.routing())
     assert stage(journey) == "skipped"
 
 
@@ -187,7 +179,7 @@ def test_refused_instances_are_left_out_of_the_series(client, bucket, uploaded):
     uploads, found = uploaded
     journey = Journey(client, uploads)
     bucket.refuse(found[0].object_sha256, "truncated")
-    bucket.put(f"{bucket.settle(found[1:])}routing.json", {"maps": []})
+    bucket.put(f"{bucket.settle(found[1:])}routing.json", stored.routing())
 
     assert stage(journey) == "skipped"
     assert [rejection.reason_code for rejection in journey.all_rejections] == ["truncated"]
@@ -234,13 +226,10 @@ def test_a_training_is_followed_to_its_end(client, bucket, tmp_path):
     training.look()
 
     assert (training.state, training.ended) == ("requested", False)
-    evaluation = EVALUATION | {"relative_fd": 1.5}
-    told = {"round": 1, "steps": 10, "approved": True, "duration_s": 1.0, "evaluation": evaluation}
-    bucket.put(f"models/{name}/rounds/1/evaluation.json", {"told": told | {"rule": "first"}})
+    bucket.put(f"models/{name}/rounds/1/evaluation.json", stored.evaluated(approved=True))
     training.look()
     assert (training.state, len(training.rounds)) == ("training", 1)
-    keys = {"generator_key": "g", "images_key": "i", "images_array_key": "a"}
-    bucket.put(f"models/{name}/completed.json", {"told": {"approved": True, **keys}})
+    bucket.put(f"models/{name}/completed.json", stored.completed(approved=True))
     training.wait(0)
     assert (training.state, training.approved, training.keys) == ("approved", True, ["g", "i", "a"])
     assert training.summary()["rounds"][0]["relative_fd"] == 1.5
@@ -252,7 +241,7 @@ def test_an_id_that_another_request_had_first_ends_the_waiting(client, bucket, t
     first, second = (training_request("d", request_id=name, max_rounds=rounds) for rounds in (1, 2))
     training = Training(client, second)
     training.look()
-    bucket.put(f"models/{name}/options.json", {"request": first.model_dump(mode="json")})
+    bucket.put(f"models/{name}/options.json", {"request": first.model_dump(mode="json"), "settings": {}})
 
     with pytest.raises(Refused, match="was made before, with another max_rounds"):
         training.wait(0)
@@ -272,7 +261,7 @@ def test_what_an_archive_holds_beside_a_series_and_is_refused_is_told(client, bu
     journey.look()
     for one in others - {hashlib.sha256(bytes(1_000_000)).hexdigest()}:
         bucket.refuse(one, "not_dicom")
-    bucket.put(f"{bucket.settle(found)}routing.json", {"maps": []})
+    bucket.put(f"{bucket.settle(found)}routing.json", stored.routing())
     journey.look()
 
     assert journey.ended
@@ -294,7 +283,7 @@ def test_of_two_files_under_one_uid_the_one_that_is_taken_is_followed(client, bu
     found = [one for upload in uploads for one in instances(upload)[0] if one.upload_sha256 != cut.sha256]
     journey = Journey(client, uploads)
     bucket.refuse(cut.sha256, "truncated")
-    bucket.put(f"{bucket.settle(found)}routing.json", {"maps": []})
+    bucket.put(f"{bucket.settle(found)}routing.json", stored.routing())
     journey.look()
     journey.look()
 
@@ -315,7 +304,7 @@ def test_a_withheld_member_ends_only_what_it_was(client, bucket, tmp_path):
     reason = {"reason_code": "zip_unsupported", "place": "#1:zip_unsupported", **told}
     bucket.put(f"quarantine/{upload.sha256}/reason.json", reason)
     early = stage(journey)
-    bucket.put(f"{bucket.settle([found[0], found[2]])}routing.json", {"maps": []})
+    bucket.put(f"{bucket.settle([found[0], found[2]])}routing.json", stored.routing())
     stage(journey)
 
     assert early == "uploaded"
@@ -337,8 +326,7 @@ def test_a_timeout_tells_how_far_it_came(client, bucket, tmp_path):
     """What is said when time is up is what was seen last."""
     name = tmp_path.name.replace("_", "-")
     training = Training(client, training_request("d", request_id=name))
-    told = {"round": 1, "steps": 10, "approved": False, "duration_s": 1.0, "evaluation": EVALUATION, "rule": "first"}
-    bucket.put(f"models/{name}/rounds/1/evaluation.json", {"told": told})
+    bucket.put(f"models/{name}/rounds/1/evaluation.json", stored.evaluated())
 
     with pytest.raises(Refused, match="is training, 1 rounds done"):
         training.wait(0)
@@ -348,7 +336,8 @@ def test_the_round_that_runs_is_told_by_tenths_and_each_round_with_its_rule(clie
     """Progress is shown while its round runs; each round is told with its rule, its numbers and why it was refused."""
     name = tmp_path.name.replace("_", "-")
     training = Training(client, training_request("d", request_id=name, threshold=1.0, min_coverage=0.9))
-    progress = {"of_steps": 100, "images_seen": 320, "generator_loss": 0.7, "discriminator_loss": 0.6, "time": ""}
+    progress = {"of_steps": 100, "images_seen": 320, "generator_loss": 0.7, "discriminator_loss": 0.6}
+    progress |= {"time": "2026-01-01T00:00:00+00:00"}
     for step in (21, 25, 30):
         bucket.put(f"models/{name}/progress.json", progress | {"round": 1, "step": step})
         training.look()
@@ -359,9 +348,8 @@ def test_the_round_that_runs_is_told_by_tenths_and_each_round_with_its_rule(clie
     show.out.print(show.training_table(training))
     assert shown.format(30) in capsys.readouterr().out
 
-    told = {"round": 1, "steps": 100, "approved": False, "duration_s": 1.0, "evaluation": EVALUATION}
     why = "its relative distance 1.5 is above 1"
-    bucket.put(f"models/{name}/rounds/1/evaluation.json", {"told": told | {"rule": "first", "why_not": why}})
+    bucket.put(f"models/{name}/rounds/1/evaluation.json", stored.evaluated(steps=100, why_not=why))
     training.look()
 
     assert training.progress is None
@@ -369,8 +357,7 @@ def test_the_round_that_runs_is_told_by_tenths_and_each_round_with_its_rule(clie
         "round 1 (first): FD 3.00, relative 1.50, coverage 0.50 of 0.75, copies found, 1.0 s, warnings: few_images"
     )
     assert training.summary()["rounds"][0]["why_not"] == why
-    keys = {"generator_key": "g", "images_key": "i", "images_array_key": "a"}
-    bucket.put(f"models/{name}/completed.json", {"told": {"approved": False, "why_not": why, **keys}})
+    bucket.put(f"models/{name}/completed.json", stored.completed(why_not=why))
     training.wait(0)
     show.training(training)
     printed = capsys.readouterr().out
@@ -383,7 +370,8 @@ def test_a_failed_training_is_told_by_its_numbers_and_an_earlier_failure_is_none
     """Asking again for a training that failed waits for the new answer, which says how many images are missing."""
     request = training_request("d", request_id=tmp_path.name.replace("_", "-"))
     numbers = {"n_patients": 1, "n_training": 24, "n_held_out": 0, "min_images": 32}
-    key, told = f"models/{request.request_id}/failure.json", {"reason_code": "too_little_data", "numbers": numbers}
+    key = f"models/{request.request_id}/failure.json"
+    told = {"request_id": request.request_id, "dataset": "d", "reason_code": "too_little_data", "numbers": numbers}
     bucket.put(key, {"told": told, "time": "2026-01-01T00:00:00Z"})
     training = Training(client, request)
     training.look()
@@ -408,19 +396,19 @@ def test_a_study_level_map_is_waited_for_and_its_result_is_the_series_result(cli
         task = {"map": "a_map", "map_digest": "e" * 16, "inputs": refs}
         told = {"series": refs, "tasks": [task], "time": f"2026-01-01T00:{minute:02}:00Z"}
         bucket.put(f"{place}{name}/routing.json", told)
-        return result_prefix(InferenceTask.model_validate(task))
+        return ResultKeys.of(InferenceTask.model_validate(task)).prefix
 
     journey = Journey(client, uploads)
-    bucket.put(f"{prefix}routing.json", {"maps": [], "study_maps": ["a_map"]})
+    bucket.put(f"{prefix}routing.json", stored.routing(study_maps=["a_map"]))
     seen = [stage(journey)]
     decide("one", 1, ref)
     seen.append(stage(journey))
     both = decide("two", 2, ref, late)
-    bucket.put(f"{both}outputs.json", {})
+    bucket.put(f"{both}outputs.json", stored.outputs())
     seen.append(stage(journey))
-    bucket.put(f"{both}result.json", {"outcome": "completed", "outputs": [{"sop_instance_uid": "1.2"}]})
+    bucket.put(f"{both}result.json", stored.result(outputs=[stored.output("1.2")]))
     seen.append(stage(journey))
 
     assert both.startswith(place)
     assert seen == ["settled", "settled", "inferred", "pushed"]
-    assert journey.series[0].outputs == [{"sop_instance_uid": "1.2"}]
+    assert [output.sop_instance_uid for output in journey.series[0].outputs] == ["1.2"]

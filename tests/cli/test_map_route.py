@@ -7,7 +7,10 @@ import pytest
 
 from cli.client import Client
 from cli.map import route
-from shared.dicom import Geometry, Revision, StoredInstance
+from shared import keys
+from shared.documents.document import body_of
+from shared.documents.revisions import Revision, StoredInstance
+from shared.messages import Geometry
 from shared.phantom import write_ct_series
 
 TABLE = """
@@ -63,8 +66,8 @@ def test_a_stored_study_is_routed_by_its_newest_revisions(radqueue, local_aws, t
             attributes=attributes,
             geometry=geometry,
         )
-        (tmp_path / "revision.json").write_bytes(revision.body())
-        client.upload(tmp_path / "revision.json", revision.key)
+        (tmp_path / "revision.json").write_bytes(body_of(revision))
+        client.upload(tmp_path / "revision.json", keys.document_of(revision).key)
 
     lies = Geometry(verdict="regular", n_slices=1, n_positions=1)
     store("1.1", "b", 1, Modality="CT", BodyPartExamined="HEAD")

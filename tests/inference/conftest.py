@@ -25,9 +25,11 @@ from services.inference.serving.runner import Bounds, MapRunner, Study
 from services.inference.serving.versions import InstalledMap
 from services.inference.stable_studies import Quiet
 from services.inference.targets.archive import Archive, Archives, HealthImaging, S3Only
+from shared import keys
 from shared.aws import Aws, connect
-from shared.dicom import Revision, StoredInstance, digest_of, instance_key, sha_of
 from shared.dicomweb import DicomWeb, SigV4, base_url
+from shared.documents.document import body_of
+from shared.documents.revisions import Revision, StoredInstance, digest_of, sha_of
 from shared.messages import Event, InferenceRequested, InferenceTask, ReadySeries, SeriesReady, SeriesRef
 from shared.objects import ObjectStore
 
@@ -314,7 +316,7 @@ class Worker:
             header = pydicom.dcmread(io.BytesIO(content))
             sha = sha_of(content)
             uids = (header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID)
-            key = instance_key(*uids, sha)
+            key = keys.instance(*uids, sha)
             await self.objects.put(key, content)
             instances.append(StoredInstance(sop_instance_uid=header.SOPInstanceUID, sha=sha, key=key))
         revision = Revision(
@@ -327,7 +329,7 @@ class Worker:
             instances=tuple(instances),
             attributes={"Modality": header.Modality},
         )
-        await self.objects.put(revision.key, revision.body())
+        await self.objects.put(keys.document_of(revision).key, body_of(revision))
         return revision
 
     def ready(self, revision: Revision) -> SeriesReady:
@@ -338,7 +340,7 @@ class Worker:
             n_instances=len(revision.instances),
             modality=str(revision.attributes["Modality"]),
         )
-        return SeriesReady.of(revision.key, told, time=NOW)
+        return SeriesReady.of(keys.document_of(revision).key, told, time=NOW)
 
     def request(self, revision: Revision, **other: str) -> InferenceRequested:
         """Ask for the MAP on the series; keyword arguments replace the MAP's name or digest."""
@@ -356,7 +358,7 @@ def _ref(revision: Revision) -> SeriesRef:
         study_uid=revision.study_uid,
         series_uid=revision.series_uid,
         digest=revision.digest,
-        revision_key=revision.key,
+        revision_key=keys.document_of(revision).key,
     )
 
 

@@ -17,7 +17,6 @@ import pytest_asyncio
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 from services.inference.handler import infer
-from services.inference.records import Outputs, Result, result_prefix
 from services.inference.targets import archive
 from services.inference.targets.archive import (
     Archives,
@@ -29,7 +28,9 @@ from services.inference.targets.archive import (
     S3Only,
 )
 from shared.dicomweb import Basic, Bearer, DicomWeb
+from shared.documents.inference import Outputs, Result
 from shared.errors import Unavailable
+from shared.keys import ResultKeys
 from shared.messages import InferenceCompleted, InferenceFailed
 
 ROLE = "arn:aws:iam::123456789012:role/import"
@@ -346,7 +347,7 @@ async def test_originals_are_pushed_before_results_where_a_route_says_so(worker,
     with_originals = found.route.model_copy(update={"originals": True})
     maps = {"capture": type(found)(found.map, with_originals)}
     await infer(requested, **(worker.for_infer | {"archives": archives, "maps": maps}))
-    await worker.objects.delete(f"{result_prefix(requested.data)}result.json")
+    await worker.objects.delete(f"{ResultKeys.of(requested.data).prefix}result.json")
     await infer(requested, **(worker.for_infer | {"archives": archives, "maps": maps}))
     (output,) = worker.publish.events[0].data.outputs
 
@@ -379,7 +380,7 @@ async def test_what_is_no_dicom_stays_in_s3_with_its_media_type(worker, clients)
     (event,) = worker.publish.events
     (file,) = event.data.files
     stored = await clients.s3.head_object(Bucket=worker.objects.bucket, Key=file.key)
-    prefix = result_prefix(event.data)
+    prefix = ResultKeys.of(event.data).prefix
     outputs = Outputs.model_validate_json(await worker.objects.get(f"{prefix}outputs.json"))
     result = Result.model_validate_json(await worker.objects.get(f"{prefix}result.json"))
 

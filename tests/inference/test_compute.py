@@ -9,9 +9,10 @@ import pytest
 
 from services.inference.__main__ import in_turn
 from services.inference.handler import _may_be_the_machines, infer
-from services.inference.records import Result, result_prefix
 from services.inference.serving.runner import GpuLost, Run
 from services.inference.serving.versions import InstalledMap
+from shared.documents.inference import Result
+from shared.keys import ResultKeys
 from shared.messages import InferenceCompleted, InferenceFailed
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -82,7 +83,7 @@ async def test_a_worker_that_lost_its_gpu_stops_and_gives_its_message_back(worke
 
     assert stop.is_set()
     assert worker.publish.events == []
-    assert not await worker.objects.exists(f"{result_prefix(requested.data)}failure.json")
+    assert not await worker.objects.exists(f"{ResultKeys.of(requested.data).prefix}failure.json")
 
 
 @pytest.mark.parametrize(

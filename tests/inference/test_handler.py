@@ -11,11 +11,14 @@ import pytest
 import structlog
 
 from services.inference.handler import infer, route
-from services.inference.records import Failure, Outputs, Result, Routing, result_prefix
 from services.inference.targets import archive
 from services.inference.targets.archive import DicomWebArchive, HealthImaging
+from shared import keys
 from shared.dicomweb import DicomWeb
+from shared.documents.document import body_of
+from shared.documents.inference import Failure, Outputs, Result, Routing
 from shared.errors import Claimed, Unavailable, Unprocessable
+from shared.keys import ResultKeys
 from shared.messages import InferenceCompleted, InferenceFailed, InferenceOutput, InferenceRequested, InferenceSkipped
 from tests.inference.conftest import archives_of
 
@@ -30,7 +33,7 @@ async def routing_of(worker, revision):
 
 
 async def failure_of(worker, requested):
-    return Failure.model_validate_json(await worker.objects.get(f"{result_prefix(requested.data)}failure.json"))
+    return Failure.model_validate_json(await worker.objects.get(f"{ResultKeys.of(requested.data).prefix}failure.json"))
 
 
 async def studies_run(runner):
@@ -68,7 +71,7 @@ async def test_a_series_that_no_map_takes_is_done(worker):
 async def test_a_revision_that_is_not_there_can_never_be_routed(worker):
     """A message about a revision that does not exist is for the dead-letter queue."""
     revision = await worker.store_series()
-    await worker.objects.delete(revision.key)
+    await worker.objects.delete(keys.document_of(revision).key)
     with pytest.raises(Unprocessable, match="revision_missing"):
         await route(worker.ready(revision), **worker.for_route)
 
@@ -82,7 +85,7 @@ async def test_a_request_becomes_one_result_in_the_archive(worker):
     result = Result.model_validate_json(await worker.objects.get(event.data.result_key))
     pushed = await worker.web.retrieve_instance(revision.study_uid, output.series_uid, output.sop_instance_uid)
     found = await worker.web.search_series(revision.study_uid)
-    keys = await worker.keys(result_prefix(event.data))
+    keys = await worker.keys(ResultKeys.of(event.data).prefix)
 
     assert isinstance(event, InferenceCompleted)
     assert event.data.outcome == "completed"
@@ -104,7 +107,7 @@ async def test_a_request_becomes_one_result_in_the_archive(worker):
 async def test_results_of_deidentified_series_stay_in_s3(worker):
     """No archive gets what belongs to nobody's study, whatever the route and the settings say."""
     revision = (await worker.store_series()).model_copy(update={"deidentified": True})
-    await worker.objects.put(revision.key, revision.body())
+    await worker.objects.put(keys.document_of(revision).key, body_of(revision))
     pushing = replace(worker.archives, originals=True)
     await infer(worker.request(revision), **(worker.for_infer | {"archives": pushing}))
     (event,) = worker.publish.events
@@ -145,7 +148,7 @@ async def test_of_two_workers_on_one_request_one_computes(worker):
         infer(requested, **worker.for_infer), infer(requested, **worker.for_infer), return_exceptions=True
     )
     await infer(requested, **worker.for_infer)
-    attempts = {key.split("/")[0] for key in await worker.keys(f"{result_prefix(requested.data)}attempts/")}
+    attempts = {key.split("/")[0] for key in await worker.keys(f"{ResultKeys.of(requested.data).prefix}attempts/")}
 
     assert [type(end) for end in ends if end] == [Claimed]
     assert len(attempts) == 1
@@ -156,7 +159,7 @@ async def test_two_workers_that_both_compute_make_one_result(worker):
     """One does not notice that its claim has ended. Both compute, with other UIDs each; the first one's are pushed."""
     revision = await worker.store_series()
     requested = worker.request(revision)
-    prefix = result_prefix(requested.data)
+    prefix = ResultKeys.of(requested.data).prefix
     first = worker.for_infer | {"runner": Announced(worker.runner), "lease_s": 3600}
     second = worker.for_infer | {"clock": lambda: NOW + timedelta(days=1)}
     computing = asyncio.ensure_future(infer(requested, **first))
@@ -179,7 +182,7 @@ async def test_after_a_crash_between_outputs_and_push_the_same_instances_are_pus
         closed = archives_of(DicomWebArchive(DicomWeb("http://127.0.0.1:9/datastore/none", session=session)))
         with pytest.raises(Unavailable):
             await infer(worker.request(revision), **(worker.for_infer | {"archives": closed}))
-    prefix = result_prefix(worker.request(revision).data)
+    prefix = ResultKeys.of(worker.request(revision).data).prefix
     stored = Outputs.model_validate_json(await worker.objects.get(f"{prefix}outputs.json"))
     before = await studies_run(worker.runner)
     await infer(worker.request(revision), **worker.for_infer)
@@ -198,7 +201,7 @@ async def test_superseded_work_is_skipped(worker):
     await infer(worker.request(revision), **worker.for_infer)
 
     assert worker.publish.events == []
-    assert await worker.keys(result_prefix(worker.request(revision).data)) == []
+    assert await worker.keys(ResultKeys.of(worker.request(revision).data).prefix) == []
 
 
 async def test_a_request_for_an_older_map_asks_for_the_current_one(worker):
@@ -220,7 +223,7 @@ async def test_a_request_for_a_map_that_this_worker_lacks_is_given_back(worker):
         await infer(requested, **worker.for_infer)
 
     assert worker.publish.events == []
-    assert await worker.keys(result_prefix(requested.data)) == []
+    assert await worker.keys(ResultKeys.of(requested.data).prefix) == []
     assert [(line["event"], line["map"]) for line in lines] == [("inference.unknown_map", "newer")]
 
 
@@ -229,7 +232,7 @@ async def test_what_another_worker_computed_is_pushed_only_by_one_that_has_the_m
     revision = await worker.store_series()
     requested = worker.request(revision)
     outputs = Outputs(attempt="0" * 32, outputs=(), files=(), duration_s=1, device="cpu", time=requested.time)
-    key = f"{result_prefix(requested.data)}outputs.json"
+    key = f"{ResultKeys.of(requested.data).prefix}outputs.json"
     await worker.objects.put(key, outputs.model_dump_json().encode())
     with pytest.raises(Unavailable):
         await infer(requested, **(worker.for_infer | {"maps": {}}))
@@ -244,7 +247,7 @@ async def test_a_repeat_after_a_failure_announces_that_failure_and_a_new_request
     again = requested.model_copy(update={"id": "asked-by-a-person"})
     for asked in (requested, requested, again, again):
         await infer(asked, **worker.for_infer)
-    prefix = result_prefix(requested.data)
+    prefix = ResultKeys.of(requested.data).prefix
     first, repeat, second, its_repeat = (event.data.attempt for event in worker.publish.events)
     attempts = {key.split("/")[0] for key in await worker.keys(f"{prefix}attempts/")}
 
@@ -286,11 +289,11 @@ async def test_instances_that_the_archive_refuses_are_a_failure(worker):
     """A refusal will not change, so the request ends with it."""
     revision = await worker.store_series()
     requested = worker.request(revision)
-    key = f"{result_prefix(requested.data)}attempts/one/1.2.3.dcm"
+    key = f"{ResultKeys.of(requested.data).prefix}attempts/one/1.2.3.dcm"
     output = InferenceOutput(sop_class_uid="1.2", sop_instance_uid="1.2.3", series_uid="1.2.4", key=key)
     outputs = Outputs(attempt="one", outputs=(output,), duration_s=1, device="cpu", time=NOW)
     await worker.objects.put(key, b"no DICOM at all")
-    await worker.objects.put(f"{result_prefix(requested.data)}outputs.json", outputs.model_dump_json().encode())
+    await worker.objects.put(f"{ResultKeys.of(requested.data).prefix}outputs.json", outputs.model_dump_json().encode())
     await infer(requested, **worker.for_infer)
     (event,) = worker.publish.events
 
@@ -309,7 +312,7 @@ async def test_a_result_that_dicomweb_does_not_show_is_a_failure(worker, series_
 
     assert isinstance(event, InferenceFailed)
     assert (event.data.reason_code, event.data.where) == ("not_primary", "PatientID")
-    assert not await worker.objects.exists(f"{result_prefix(event.data)}result.json")
+    assert not await worker.objects.exists(f"{ResultKeys.of(event.data).prefix}result.json")
 
 
 async def test_a_result_that_the_archive_does_not_find_is_pushed_again_later(worker, clients, monkeypatch):
@@ -359,7 +362,7 @@ async def test_a_failed_map_is_told_by_type_and_place_and_its_words_lie_in_the_a
     await infer(requested, **worker.for_infer)
     (event,) = worker.publish.events
     failure = await failure_of(worker, requested)
-    words = await worker.objects.get(f"{result_prefix(requested.data)}attempts/{failure.attempt}/log.txt")
+    words = await worker.objects.get(f"{ResultKeys.of(requested.data).prefix}attempts/{failure.attempt}/log.txt")
 
     assert event.data.reason_code == "application_error"
     assert failure.error_type == "KeyError"

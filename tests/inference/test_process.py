@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from services.inference.__main__ import serve
-from services.inference.records import Outputs, Routing, routing_prefix
 from services.inference.settings import InferenceSettings
+from shared import keys
 from shared.config import ServiceSettings, load
+from shared.documents.inference import Outputs, Routing
 from shared.messages import InferenceCompleted, MapRejected, MapUpdated, decode
 from shared.metrics import Metrics
 from shared.phantom import write_ct_series
@@ -95,7 +96,7 @@ async def test_a_settled_series_becomes_a_segmentation_in_healthimaging(worker, 
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=TIMEOUT_S)
     lines = [json.loads(line) for line in said.splitlines()]
-    prefix = routing_prefix(worker.ready(revision).data)
+    prefix = keys.revision_results_prefix(worker.ready(revision).data)
     routing = Routing.model_validate_json(await worker.objects.get(f"{prefix}routing.json"))
     instances = await worker.web.search_instances(revision.study_uid)
 
@@ -116,7 +117,7 @@ async def test_a_worker_that_is_killed_between_outputs_and_push_leaves_its_insta
     """The first worker's archive does not answer, and SIGKILL ends it; the second pushes what the first one made."""
     revision = await worker.store_series(files=ct_files)
     queues.send(worker.ready(revision))
-    prefix = routing_prefix(worker.ready(revision).data)
+    prefix = keys.revision_results_prefix(worker.ready(revision).data)
     with running(environ | {"RADQUEUE_DICOMWEB_URL": CLOSED_URL}) as process:
         async with asyncio.timeout(TIMEOUT_S):
             while not (made := [key for key in await worker.keys(prefix) if key.endswith("/outputs.json")]):

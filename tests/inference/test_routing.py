@@ -8,7 +8,8 @@ from services.inference import routing
 from services.inference.routing import Route, read
 from services.inference.settings import InferenceSettings
 from shared.config import Misconfigured
-from shared.dicom import Geometry, Revision, StoredInstance
+from shared.documents.revisions import Revision, StoredInstance
+from shared.messages import Geometry
 
 
 def revision(n_instances=3, geometry=None, **attributes):

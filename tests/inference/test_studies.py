@@ -8,9 +8,11 @@ from pydicom.uid import generate_uid
 
 from services.inference import stable_studies
 from services.inference.handler import infer, route
-from services.inference.records import Routing, StudyRouting, result_prefix, routing_prefix
 from services.inference.stable_studies import Quiet, settle
+from shared import keys
+from shared.documents.inference import Routing, StudyRouting
 from shared.errors import Unprocessable
+from shared.keys import ResultKeys
 from shared.messages import InferenceCompleted, InferenceRequested, InferenceSkipped, StudySettling
 
 QUIET = Quiet(quiet_s=60, max_settle_s=600)
@@ -68,7 +70,9 @@ def study_uid():
 
 
 async def routing_of(worker, event):
-    return Routing.model_validate_json(await worker.objects.get(f"{routing_prefix(event.data)}routing.json"))
+    return Routing.model_validate_json(
+        await worker.objects.get(f"{keys.revision_results_prefix(event.data)}routing.json")
+    )
 
 
 async def test_the_series_of_a_study_bring_one_message_per_bucket(worker, given, clock, publish, study_uid):
@@ -194,7 +198,7 @@ async def test_a_late_series_makes_a_new_request_that_supersedes_the_first(worke
     assert [len(asked.data.inputs) for asked in (early, whole)] == [1, 2]
     assert superseded == [True, False]
     assert worker.publish.events == []
-    assert await worker.keys(result_prefix(early.data)) == []
+    assert await worker.keys(ResultKeys.of(early.data).prefix) == []
 
 
 async def test_what_was_decided_stands(worker, given, clock, publish, study_uid):

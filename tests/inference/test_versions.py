@@ -20,10 +20,11 @@ from services.inference.package.manifests import Needs
 from services.inference.serving import gpus
 from services.inference.serving.gpus import MIB, Gpu, Share
 from services.inference.serving.runner import MapRunner, Run, Study
-from services.inference.serving.versions import Fleet, Place, Rejection, Served, Sources, serving_of
+from services.inference.serving.versions import Fleet, Place, Sources, serving_of
 from services.inference.settings import InferenceSettings
 from shared.child import ChildFailed
 from shared.config import Misconfigured
+from shared.documents.maps import Rejection, Served
 from shared.errors import Unavailable
 from shared.messages import InferenceCompleted, MapRejected, MapUpdated, decode
 from shared.metrics import Metrics

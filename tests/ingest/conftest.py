@@ -20,9 +20,9 @@ from services.ingest.datasets import read
 from services.ingest.decoder import Decoder
 from services.ingest.ports import Ports
 from services.ingest.settings import IngestSettings
-from shared.dicom import silence
 from shared.messages import CreatedObject, Event, ObjectsCreated
 from shared.objects import ObjectStore
+from shared.pydicom_silence import silence
 
 PATIENT_NAME = "Secretperson^Jane"
 SECRET = "a secret of this test"

@@ -13,9 +13,12 @@ from pydicom import dcmread
 
 from services.ingest.handler import handle_uploads
 from services.ingest.stable_series import handle_settling
+from shared import keys
 from shared.concurrency import KeyedLocks
-from shared.dicom import Revision, instance_key, series_prefix
+from shared.documents.document import body_of
+from shared.documents.revisions import Revision
 from shared.errors import Claimed, Unprocessable
+from shared.keys import series_prefix
 from shared.messages import SeriesReady, SeriesSettling, UploadRejected, decode
 
 
@@ -33,7 +36,7 @@ async def test_a_file_becomes_a_ready_series(bench, maker, make_part_10):
     await settle_when_quiet(bench)
 
     (ready,) = bench.published.of(SeriesReady)
-    revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
+    revision = Revision.model_validate_json(await bench.objects.get(ready.data.revision_key))
     array = np.load(io.BytesIO(await bench.objects.get(ready.data.array_key)))
     sidecar = json.loads(await bench.objects.get(ready.data.array_key.replace(".npy", ".json")))
     pixels = np.frombuffer(maker.ct().PixelData, "<u2").reshape(16, 16).astype(float)
@@ -51,7 +54,7 @@ async def test_a_file_becomes_a_ready_series(bench, maker, make_part_10):
     assert np.allclose(array[0], np.clip((pixels - 1024) / 1000, -1, 1), atol=1e-5)
     assert sidecar["n"] == 1
     assert "MRN" not in json.dumps(sidecar)
-    assert "Secret" not in revision.body().decode()
+    assert "Secret" not in body_of(revision).decode()
 
 
 async def test_a_second_delivery_changes_nothing(bench, maker, make_part_10):
@@ -208,7 +211,7 @@ async def test_a_repeat_of_an_instance_that_is_stored_is_no_conflict(bench, make
     """After two data sets under one UID were stored at the same moment, an event of either that comes again is done."""
     event = await bench.upload("incoming/lung/a.dcm", make_part_10(maker.ct()))
     await handle_uploads(event, ports=bench.ports)
-    other = instance_key(maker.study_uid, maker.series_uid, maker.ct().SOPInstanceUID, "0" * 16)
+    other = keys.instance(maker.study_uid, maker.series_uid, maker.ct().SOPInstanceUID, "0" * 16)
     await bench.objects.put(other, b"of another worker")
     await handle_uploads(event, ports=bench.ports)
 
@@ -243,7 +246,7 @@ async def test_two_zips_of_one_series_at_once_end_in_a_revision_of_all(bench, ma
 
     await asyncio.gather(delivered(events[0], bench.ports), delivered(events[1], other))
     keys = await bench.keys(f"{series_prefix(maker.study_uid, maker.series_uid)}revisions/")
-    revisions = [Revision.parse(await bench.objects.get(key)) for key in keys]
+    revisions = [Revision.model_validate_json(await bench.objects.get(key)) for key in keys]
 
     assert [revision.supersedes for revision in revisions].count(None) == 1
     assert max(len(revision.instances) for revision in revisions) == 6
@@ -350,7 +353,7 @@ async def test_a_series_without_images_has_no_array(bench, maker, make_part_10):
     await settle_when_quiet(bench)
 
     (ready,) = bench.published.of(SeriesReady)
-    revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
+    revision = Revision.model_validate_json(await bench.objects.get(ready.data.revision_key))
 
     assert (ready.data.modality, ready.data.array_key, revision.geometry) == ("SR", None, None)
 
@@ -375,7 +378,7 @@ async def test_a_real_study_as_a_zip(bench, real_data, make_zip):
     await handle_uploads(await bench.upload("incoming/phantom/study.zip", body), ports=bench.ports)
 
     (ready,) = bench.published.of(SeriesReady)
-    revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
+    revision = Revision.model_validate_json(await bench.objects.get(ready.data.revision_key))
     array = np.load(io.BytesIO(await bench.objects.get(ready.data.array_key)))
 
     assert not bench.published.of(UploadRejected)

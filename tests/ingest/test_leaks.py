@@ -17,7 +17,7 @@ from services.ingest.handler import handle_uploads
 from services.ingest.protection import protect
 from services.ingest.reading import Caps, normalise
 from services.ingest.stable_series import handle_settling
-from shared.dicom import Revision, digest_of
+from shared.documents.revisions import Revision, digest_of
 from shared.messages import SeriesReady, SeriesSettling, UploadRejected
 from tests.ingest.conftest import SECRET, Maker, part_10
 from tests.ingest.sentinels import planted
@@ -84,7 +84,7 @@ async def test_no_sentinel_leaves_a_research_dataset(bench, capsys):
     known.append(normalise(upload, Caps(1 << 24, 1 << 24))[0].sha)
     (ready,) = bench.published.of(SeriesReady)
     (rejected,) = bench.published.of(UploadRejected)
-    revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
+    revision = Revision.model_validate_json(await bench.objects.get(ready.data.revision_key))
     stored = dcmread(io.BytesIO(await bench.objects.get(revision.instances[0].key)))
     original = dcmread(io.BytesIO(upload))
 
@@ -109,7 +109,7 @@ async def test_no_sentinel_reaches_training_data(bench):
     sentinels = full_of_sentinels(dataset)
     await ingested(bench, bench.keyed, part_10(dataset))
     (ready,) = bench.published.of(SeriesReady)
-    revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
+    revision = Revision.model_validate_json(await bench.objects.get(ready.data.revision_key))
     told = {
         name: body
         for name, body in (await everything(bench, f"datasets/{bench.keyed}/")).items()
@@ -219,7 +219,7 @@ async def test_a_region_rule_blanks_what_is_drawn_there(bench, maker, studies):
     screen = {"Rows": 20, "Columns": 20, "PixelData": pixels.tobytes()} | WITH_TEXTS
     await ingested(bench, bench.research if studies else bench.keyed, part_10(maker.ct(0, **screen)))
     (ready,) = bench.published.of(SeriesReady)
-    revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
+    revision = Revision.model_validate_json(await bench.objects.get(ready.data.revision_key))
     stored = dcmread(io.BytesIO(await bench.objects.get(revision.instances[0].key))).pixel_array
     array = np.load(io.BytesIO(await bench.objects.get(revision.array_key)))
 
@@ -232,7 +232,7 @@ async def test_suspected_pictures_are_left_out_of_training_data(bench, maker):
     """With `studies: false` a screen is stored and routed, and is in no array; the other slices are."""
     await ingested(bench, bench.keyed, part_10(maker.ct(0)), part_10(maker.ct(1, BurnedInAnnotation="YES")))
     (ready,) = bench.published.of(SeriesReady)
-    revision = Revision.parse(await bench.objects.get(ready.data.revision_key))
+    revision = Revision.model_validate_json(await bench.objects.get(ready.data.revision_key))
     sidecar = json.loads(await bench.objects.get(revision.array_key.replace(".npy", ".json")))
 
     assert ready.data.n_instances == 2

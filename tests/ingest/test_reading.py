@@ -16,7 +16,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 
 from services.ingest.reading import Caps, looks_like_dicom, normalise, noted_in
 from services.ingest.reasons import REASONS, WARNINGS
-from shared.dicom import sha_of
+from shared.documents.revisions import sha_of
 from shared.errors import Unprocessable
 
 CAPS = Caps(inflated=1 << 24, pixels=1 << 24)

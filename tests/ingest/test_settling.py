@@ -15,8 +15,8 @@ import pytest
 from services.ingest.decoder import Decoder
 from services.ingest.handler import handle_uploads
 from services.ingest.stable_series import expect_settling, handle_settling
+from shared import keys
 from shared.child import ChildFailed
-from shared.dicom import instance_key
 from shared.errors import Unprocessable
 from shared.messages import SeriesReady, SeriesSettling
 from shared.objects import ObjectMissing, ObjectStore, ObjectSummary
@@ -58,7 +58,7 @@ async def test_a_series_that_grows_settles_now_and_then(bench, maker, make_part_
         now_s, number, what = heappop(work)
         if isinstance(what, bytes):
             uid = maker.ct(number).SOPInstanceUID
-            await store.put(instance_key(maker.study_uid, maker.series_uid, uid, "0" * 16), what)
+            await store.put(keys.instance(maker.study_uid, maker.series_uid, uid, "0" * 16), what)
             await expect_settling("lung", maker.study_uid, maker.series_uid, ports=ports)
         else:
             await handle_settling(what, ports=ports)
@@ -231,7 +231,7 @@ async def test_five_thousand_instances_settle_once(bench, maker, duration_s, beg
         now_s, _, what = heappop(work)
         if isinstance(what, int):
             uid = f"{maker.series_uid[:50]}.{what}"
-            await store.put(instance_key(maker.study_uid, maker.series_uid, uid, "0" * 16), b"")
+            await store.put(keys.instance(maker.study_uid, maker.series_uid, uid, "0" * 16), b"")
             await expect_settling("lung", maker.study_uid, maker.series_uid, ports=ports)
         else:
             await handle_settling(what, ports=ports)

@@ -11,7 +11,7 @@ import pytest
 
 from services.ingest.decoder import Decoder
 from services.ingest.handler import handle_uploads
-from shared.dicom import Revision
+from shared.documents.revisions import Revision
 from shared.messages import SeriesReady
 from tests.ingest.conftest import Maker, part_10, zip_of
 
@@ -35,7 +35,7 @@ async def settled(bench, dataset, *instances, ports=None):
     await handle_uploads(upload, ports=ports or bench.ports)
     found = {}
     for event in bench.published.of(SeriesReady):
-        revision = Revision.parse(await bench.objects.get(event.data.revision_key))
+        revision = Revision.model_validate_json(await bench.objects.get(event.data.revision_key))
         if revision.array_key:
             array = np.load(io.BytesIO(await bench.objects.get(revision.array_key)))
             sidecar = json.loads(await bench.objects.get(revision.array_key.replace(".npy", ".json")))

@@ -3,7 +3,8 @@ from datetime import UTC, datetime, timedelta, timezone
 import numpy as np
 import pytest
 
-from services.reporter.aggregate import Report, Tally, month_before
+from services.reporter.aggregate import Tally, month_before
+from shared.documents.reports import Report
 from shared.messages import InferenceCompleted
 from tests.reporter.month import (
     MAY,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from services.reporter.aggregate import Report
 from services.reporter.eventlog import EventLog
 from services.reporter.handler import COUNTS, RecentIds, record, report
 from services.reporter.settings import ReporterSettings
 from shared.config import load
+from shared.documents.reports import Report
 from shared.errors import Unavailable
 from shared.messages import (
     EVENT_TYPES,

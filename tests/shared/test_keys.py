@@ -31,6 +31,7 @@ STUDY_DIGEST = "da43bcaa1955d9dab098243880f225b3"
 
 PINNED = {
     "incoming/chest/a/b.dcm": keys.upload("chest", "a/b.dcm"),
+    "incoming/chest/released/0123": keys.released("chest", "0123"),
     "incoming/chest/a/_COMPLETE": keys.upload("chest", f"a/{keys.COMPLETE}"),
     "studies/1.2/1.2.3/1.2.3.4.0123456789abcdef.dcm": keys.instance("1.2", "1.2.3", "1.2.3.4", "0123456789abcdef"),
     f"studies/1.2/1.2.3/revisions/{AB}.json": keys.revision("1.2", "1.2.3", AB),
@@ -116,6 +117,7 @@ def test_prefixes_are_those_of_the_keys():
     """What is listed begins as what is stored."""
     instance = keys.instance("1.2", "1.2.3", "1.2.3.4", "0" * 16)
 
+    assert keys.dataset_of(keys.upload("chest", "a/b.dcm")) == "chest"
     assert instance.startswith(keys.series_prefix("1.2", "1.2.3"))
     assert keys.series_prefix("1.2", "1.2.3").startswith(keys.study_prefix("1.2"))
     assert keys.revision("1.2", "1.2.3", AB).key.startswith(keys.revisions_prefix("1.2", "1.2.3"))
@@ -150,6 +152,7 @@ def test_other_keys_are_no_instances(key):
 def test_documents_are_found_in_listings():
     """Revisions, decisions about studies and results are read from their keys."""
     assert keys.stored_revision(keys.revision("1.2", "1.2.3", AB).key) == keys.revision("1.2", "1.2.3", AB)
+    assert keys.revision_of(REF).key == REF.revision_key
     assert keys.stored_study_routing(keys.study_routing("1.2", AB).key) == keys.study_routing("1.2", AB)
     assert keys.stored_study_routing(OF_STUDY.result.key) is None
     for document in (RESULT.outputs, RESULT.result, RESULT.failure):

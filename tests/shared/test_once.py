@@ -14,9 +14,10 @@ import pytest
 import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from shared import idempotency as module
+from shared.documents.claims import Claim
+from shared.documents.document import Document, Stored
 from shared.errors import Claimed, Continue, Unavailable, Unprocessable
 from shared.idempotency import once, store_once, stored
 from shared.messages import ReportRequest, ReportRequested
@@ -28,7 +29,7 @@ NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 WITHIN_S = 60
 
 
-class Made(BaseModel):
+class Made(Stored):
     by: str
 
 
@@ -44,8 +45,12 @@ def prefix() -> str:
 
 def do_once(objects, prefix, work, *, lease_s=60.0, clock=lambda: datetime.now(UTC)):
     """Do it, with the record and the claim under `prefix`."""
-    claim = f"{prefix}claim.json"
-    return once(objects, f"{prefix}made.json", Made, work, claim=claim, lease_s=lease_s, clock=clock)
+    claim = Document(f"{prefix}claim.json", Claim)
+    return once(objects, made_at(prefix), work, claim=claim, lease_s=lease_s, clock=clock)
+
+
+def made_at(prefix):
+    return Document(f"{prefix}made.json", Made)
 
 
 def making(by: str):
@@ -89,8 +94,8 @@ async def test_what_is_done_is_given_and_not_done_again(objects, prefix):
 
 async def test_the_first_record_stays(objects, prefix):
     """Of two records under one key the first one counts, for both who stored."""
-    first = await store_once(objects, f"{prefix}made.json", Made(by="first"))
-    second = await store_once(objects, f"{prefix}made.json", Made(by="second"))
+    first = await store_once(objects, made_at(prefix), Made(by="first"))
+    second = await store_once(objects, made_at(prefix), Made(by="second"))
 
     assert first == second == Made(by="first")
 
@@ -102,7 +107,7 @@ async def test_what_is_no_record_is_handed_back_and_can_be_done_again(objects, p
         return None
 
     assert await do_once(objects, prefix, nothing) is None
-    assert await stored(objects, f"{prefix}made.json", Made) is None
+    assert await stored(objects, made_at(prefix)) is None
     assert await do_once(objects, prefix, making("later")) == Made(by="later")
     assert (await claim_of(objects, prefix))["epoch"] == 2
 
@@ -149,7 +154,7 @@ async def test_who_waited_for_the_claim_finds_what_its_last_owner_stored(objects
     class Overtaken(ObjectStore):
         async def get_with_etag(self, key):
             if key.endswith("claim.json"):
-                await store_once(objects, f"{prefix}made.json", Made(by="the last owner"))
+                await store_once(objects, made_at(prefix), Made(by="the last owner"))
             return await super().get_with_etag(key)
 
     late = Overtaken(objects._s3, objects.bucket)
@@ -228,6 +233,8 @@ OWNER = """
 import asyncio, os, sys
 from datetime import UTC, datetime
 from shared.aws import connect
+from shared.documents.claims import Claim
+from shared.documents.document import Document, Stored
 from shared.errors import Claimed
 from shared.objects import ObjectStore
 from tests.shared.test_once import Made, do_once
@@ -276,7 +283,7 @@ async def test_an_owner_that_was_suspended_past_its_claim_loses(local_aws, objec
             owner.kill()
 
     assert began.strip() == "working"
-    assert made == await stored(objects, f"{prefix}made.json", Made) == Made(by="successor")
+    assert made == await stored(objects, made_at(prefix)) == Made(by="successor")
     assert ended.strip() in {"Claimed", "successor"}
     assert (await claim_of(objects, prefix))["epoch"] == 2
 

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from services.trainer.progress import shown
-from services.trainer.records import StoredPlan
 from services.trainer.rounds import DEFAULT_CONFIG
 from services.trainer.run import Ports, Run
+from shared.documents.training import StoredPlan
+from shared.keys import TrainingKeys
 from tests.trainer.trainers import WITHIN_S, document, put_series, requested
 
 WINDOW = [-1000.0, 400.0]
@@ -136,11 +137,11 @@ async def test_progress_is_stored_as_it_is_heard(objects, tmp_path):
     """What the process tells of its losses is in progress.json, counted from the round's start; checkpoints are not."""
     asked = requested("d").data
     ports = Ports(objects, None, None, None, lambda: datetime(2026, 1, 2, tzinfo=UTC))
-    run = Run(asked, f"models/{asked.request_id}", 1, ports, tmp_path)
+    run = Run(asked, TrainingKeys(asked.request_id), 1, ports, tmp_path)
     text = DEFAULT_CONFIG.read_text(encoding="utf-8")
     plan = StoredPlan(round=2, number=0, rule="improving", changes={}, continue_from=1, until=500, config=text)
     losses = {"generator_loss": 0.7, "discriminator_loss": 0.6, "margin": 0.1}
-    key = f"{run.folder}/progress.json"
+    key = run.keys.progress.key
     async with shown(run, plan) as hear:
         hear({"checkpoint": "partial.300.pt", "step": 300})
         hear({"step": 350, **losses})

@@ -9,17 +9,9 @@ from hypothesis import strategies as st
 
 from services.trainer.data import manifest
 from services.trainer.data.images import AT_ONCE, load_images
-from services.trainer.data.manifest import (
-    Array,
-    Manifest,
-    NotNormalised,
-    newest_revisions,
-    opened,
-    series_of,
-    split,
-    summary_of,
-)
+from services.trainer.data.manifest import NotNormalised, newest_revisions, opened, series_of, split, summary_of
 from services.trainer.products.generation import image_grid
+from shared.documents.training import Array, Manifest
 from shared.errors import Unprocessable
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)

@@ -21,11 +21,12 @@ from services.trainer.data import loading, sources
 from services.trainer.data.cache import kept_copies, prepare
 from services.trainer.data.images import load_images
 from services.trainer.data.loading import loaded
-from services.trainer.data.manifest import Manifest
 from services.trainer.reasons import REASONS, CannotTrain, explained
 from services.trainer.settings import TrainerSettings
 from shared.config import Misconfigured
+from shared.documents.training import Manifest
 from shared.errors import Unavailable
+from shared.keys import TrainingKeys
 from shared.messages import TrainingRequest
 from shared.objects import ObjectStore
 from shared.workfolder import sha256_of_file
@@ -68,7 +69,7 @@ class Machine:
     def load(self, dataset: str, *, request_id: str | None = None, cache_bytes: int = 10**9, **asked):
         request = TrainingRequest(request_id=request_id or f"r-{uuid.uuid4().hex}", dataset=dataset, **asked)
         settings = self.settings(cache_bytes=cache_bytes)
-        return loaded(request, f"models/{request.request_id}", self.objects, settings)
+        return loaded(request, TrainingKeys(request.request_id).manifest, self.objects, settings)
 
     async def look(self, dataset: str, **asked):
         """Return what a training process is told, and the arrays themselves by side."""

@@ -18,12 +18,12 @@ from services.ingest.reading import Caps
 from services.ingest.reading import normalise as read_by_ingest
 from services.ingest.series import describe
 from services.trainer.config import TrainingConfig
-from services.trainer.data.units import Units
 from services.trainer.gan.training import start, state_of
 from services.trainer.jsconfig import modify_config, read_config
 from services.trainer.products import curves, generation, tensorboard
 from services.trainer.products.secondary_capture import Origin, instance
-from shared.dicom import is_uid
+from shared.documents.arrays import Units
+from shared.keys import is_uid
 
 TINY = {"imageSize": 16, "width": 2, "latentDim": 4, "batchSize": 4, "steps": 3, "seed": 7}
 pytestmark = pytest.mark.usefixtures("one_thread")

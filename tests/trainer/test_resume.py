@@ -1,12 +1,14 @@
 import hashlib
+import json
 
 import pytest
 import torch
 
 from services.trainer import run
 from services.trainer.checkpoints import Checkpoints
-from services.trainer.records import StoredPartial
+from shared.documents.training import StoredPartial
 from shared.errors import Claimed, Continue, Unavailable
+from shared.keys import RoundKeys
 from tests.trainer.trainers import TINY, document, requested
 
 STEPS = 100
@@ -69,6 +71,25 @@ async def test_a_stopped_service_saves_and_gives_the_message_back(objects, start
     assert same(weights, await uninterrupted(second, dataset))
 
 
+async def test_a_training_of_the_version_before_is_gone_on_with(objects, start, dataset):
+    """Documents without a `schema_version`, which no trainer wrote then, change nothing: the model is the same."""
+    asked, first, second = in_steps(dataset), start(objects), start(objects)
+    first.worker.on_checkpoint = first.stop.set
+    with pytest.raises(Continue):
+        await first.handle(asked, checkpoint_s=0.01)
+    stored = [item.key async for item in objects.list(f"models/{asked.data.request_id}/") if item.key.endswith(".json")]
+    for key in stored:
+        told = await document(objects, key)
+
+        assert told.pop("schema_version") == 1
+        await objects.put(key, json.dumps(told).encode())
+    await second.handle(asked)
+    weights = await second.weights()
+
+    assert {key.rpartition("/")[2] for key in stored} >= {"options.json", "manifest.json", "plan.0.json", "lease.json"}
+    assert same(weights, await uninterrupted(second, dataset))
+
+
 async def test_a_damaged_checkpoint_costs_its_round_and_no_more(objects, start, dataset):
     """Half of a checkpoint is not gone on from: the round begins anew, and ends with the same model."""
     asked, first, second = in_steps(dataset), start(objects), start(objects)
@@ -86,7 +107,7 @@ async def test_a_damaged_checkpoint_costs_its_round_and_no_more(objects, start, 
 async def test_a_worker_that_lost_its_lease_moves_no_pointer_and_deletes_nothing(objects, tmp_path):
     """Who takes over goes on from the last checkpoint; what the former owner still saves is not pointed to."""
     folder = f"models/{tmp_path.name}/rounds/1"
-    former, owner = (Checkpoints(objects, folder, 0, epoch) for epoch in (1, 2))
+    former, owner = (Checkpoints(objects, RoundKeys(folder), 0, epoch) for epoch in (1, 2))
     await former.take()
     await saved(former, tmp_path, step=10)
     await owner.take()
@@ -97,9 +118,9 @@ async def test_a_worker_that_lost_its_lease_moves_no_pointer_and_deletes_nothing
     await saved(owner, tmp_path, step=15)
     moved = await document(objects, f"{folder}/partial.0.json")
 
-    assert pointer == {"epoch": 2, "step": 10, "key": f"{folder}/partial.0.1.10.pt", "sha256": sha256(b"10")}
+    assert pointer == pointer_to(f"{folder}/partial.0.1.10.pt", step=10)
     assert (fetched, body) == (True, b"10")
-    assert moved == {"epoch": 2, "step": 15, "key": f"{folder}/partial.0.2.15.pt", "sha256": sha256(b"15")}
+    assert moved == pointer_to(f"{folder}/partial.0.2.15.pt", step=15)
     assert not await objects.exists(pointer["key"])
     with pytest.raises(Claimed):
         await former.take()
@@ -108,7 +129,7 @@ async def test_a_worker_that_lost_its_lease_moves_no_pointer_and_deletes_nothing
 async def test_a_pointer_that_a_former_owner_moved_late_is_taken_over_where_it_is(objects, tmp_path, monkeypatch):
     """A write of the former owner that comes between the new one's look and its write is not lost, but gone on from."""
     folder = f"models/{tmp_path.name}/rounds/1"
-    former, owner = (Checkpoints(objects, folder, 0, epoch) for epoch in (1, 2))
+    former, owner = (Checkpoints(objects, RoundKeys(folder), 0, epoch) for epoch in (1, 2))
     await saved(former, tmp_path, step=10)
     put, late = objects.put_if_match, [20]
 
@@ -127,7 +148,7 @@ async def test_a_pointer_that_a_former_owner_moved_late_is_taken_over_where_it_i
 async def test_a_take_over_between_the_former_owners_look_and_its_write_holds(objects, tmp_path, monkeypatch):
     """A former owner that looked just before it was taken over from writes nothing over the new owner's pointer."""
     folder = f"models/{tmp_path.name}/rounds/1"
-    former, owner = (Checkpoints(objects, folder, 0, epoch) for epoch in (1, 2))
+    former, owner = (Checkpoints(objects, RoundKeys(folder), 0, epoch) for epoch in (1, 2))
     await saved(former, tmp_path, step=10)
     get, late = objects.get_with_etag, [owner]
 
@@ -142,6 +163,11 @@ async def test_a_take_over_between_the_former_owners_look_and_its_write_holds(ob
 
     assert await document(objects, f"{folder}/partial.0.json") == owner.pointer.model_dump()
     assert (owner.pointer.epoch, owner.pointer.step) == (2, 10)
+
+
+def pointer_to(key, *, step):
+    """Return what is stored of a pointer of the second owner's."""
+    return {"schema_version": 1, "epoch": 2, "step": step, "key": key, "sha256": sha256(str(step).encode())}
 
 
 async def saved(checkpoints, folder, *, step) -> None:

@@ -8,6 +8,7 @@ from services.trainer.rounds import modify
 from services.trainer.run import Run
 from services.trainer.strategy.optuna_search import decide
 from services.trainer.strategy.policy import Goal, Observation, Situation
+from shared.keys import TrainingKeys
 from tests.trainer.trainers import requested
 
 FIRST = {"learningRate": 1e-3, "gamma": 3.0, "steps": 100, "augmentation": 0.1, "seed": 0}
@@ -64,6 +65,6 @@ async def test_a_trainer_without_optuna_says_so(objects, start, tmp_path, monkey
     """A request for the search, where it is not installed, is refused before the first round, with what is missing."""
     monkeypatch.setitem(sys.modules, "optuna", None)
     request = requested("any", strategy="optuna").data
-    run = Run(request, f"models/{request.request_id}", 1, start(objects).ports(), tmp_path)
+    run = Run(request, TrainingKeys(request.request_id), 1, start(objects).ports(), tmp_path)
     with pytest.raises(CannotTrain, match="search_not_installed"):
         await modify(run)

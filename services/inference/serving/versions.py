@@ -30,24 +30,25 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import AwareDatetime
 from pydicom.errors import InvalidDicomError
 
 from services.inference import outputs
 from services.inference.outputs import OutputRefused
 from services.inference.package.engine import Engine, ecr_authorization, ecr_of, repository_of
 from services.inference.package.maps import Map, files_of, is_image, load
-from services.inference.records import Frozen
 from services.inference.routing import Route, RoutingTable, read
 from services.inference.serving.gpus import Share
 from services.inference.serving.runner import MapRunner, Run, Serving, Study
 from services.inference.targets.archive import Archives
+from shared import keys
 from shared import metrics as declared
 from shared.child import ChildFailed
 from shared.concurrency import all_of, temporary_folder
 from shared.config import Misconfigured
+from shared.documents.document import Document
+from shared.documents.maps import Rejection, Served
 from shared.errors import Unavailable
-from shared.idempotency import store_once, stored
+from shared.idempotency import store, store_once, stored
 from shared.log import get_logger
 from shared.messages import MapRejected, MapUpdated, RejectedMap, UpdatedMap
 from shared.metrics import Metrics
@@ -72,22 +73,6 @@ class InstalledMap:
 
     map: Map
     route: Route
-
-
-class Rejection(Frozen):
-    """`maps/<map>/rejected/<digest>.json`: a version that no worker is to try again."""
-
-    reason_code: str
-    time: AwareDatetime
-
-
-class Served(Frozen):
-    """`maps/<map>/serving.json`: the version that took over last, or with which the first worker began."""
-
-    map_digest: str
-    source: str
-    """A folder, or an image by its digest."""
-    since: AwareDatetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +110,11 @@ class Place:
                 await asyncio.to_thread(shutil.copyfile, path, folder / f"{index}-{path.name}")
             return len(files)
         objects, prefix = self._in_s3()
-        keys = [item.key async for item in objects.list(prefix) if not item.key.endswith("/")]
-        targets = [folder / f"{index}-{PurePosixPath(key).name}" for index, key in enumerate(keys)]
-        pairs = zip(keys, targets, strict=True)
+        found = [item.key async for item in objects.list(prefix) if not item.key.endswith("/")]
+        targets = [folder / f"{index}-{PurePosixPath(key).name}" for index, key in enumerate(found)]
+        pairs = zip(found, targets, strict=True)
         await all_of((partial(objects.download, key, path) for key, path in pairs), at_once=TRANSFERS)
-        return len(keys)
+        return len(found)
 
     def _in_s3(self) -> tuple[ObjectStore, str]:
         parts = urlsplit(self.name)
@@ -247,7 +232,7 @@ class Fleet:
             except ChildFailed as failed:
                 raise Misconfigured(f"{self.table.file}: {name}: cannot be imported ({failed}).") from None
             log.info("map.ready", map=name, map_digest=found.digest, device=device)
-            await store_once(self.objects, _serving_key(name), self._serves_now(found, route))
+            await store_once(self.objects, keys.serving(name), self._serves_now(found, route))
 
     async def keep_current(self, runner: MapRunner, *, table_s: float, sources_s: float) -> None:
         """Look at the table every `table_s` seconds, and at the sources every `sources_s`, until it is cancelled."""
@@ -433,24 +418,24 @@ class Fleet:
     def _refusal(self, found: Map, reason_code: str) -> str:
         return (
             f"{self.table.file}: {found.name}: this version was rejected ({reason_code}); mend it, or remove "
-            f"{_rejection_key(found)} from the bucket."
+            f"{_rejection_of(found).key} from the bucket."
         )
 
     def _golden(self, golden: str) -> str:
         return golden if golden.startswith("s3://") else str(self.sources.folder / golden)
 
     async def _rejection(self, found: Map) -> Rejection | None:
-        return await stored(self.objects, _rejection_key(found), Rejection)
+        return await stored(self.objects, _rejection_of(found))
 
     async def _served(self, name: str) -> Served | None:
-        return await stored(self.objects, _serving_key(name), Served)
+        return await stored(self.objects, keys.serving(name))
 
     def _serves_now(self, found: Map, route: Route) -> Served:
         return Served(map_digest=found.digest, source=_source_of(found, route), since=self.clock())
 
     async def _reject(self, found: Map, route: Route, reason_code: str, previous: str | None) -> None:
         made = Rejection(reason_code=reason_code, time=self.clock())
-        rejection = await store_once(self.objects, _rejection_key(found), made)
+        rejection = await store_once(self.objects, _rejection_of(found), made)
         log.error("map.rejected", map=route.name, map_digest=found.digest, reason=reason_code)
         told = RejectedMap(
             map=route.name,
@@ -465,10 +450,10 @@ class Fleet:
     async def _tell_updated(self, found: Map, route: Route, previous: str | None) -> None:
         log.info("map.updated", map=route.name, map_digest=found.digest, previous_digest=previous)
         made = self._serves_now(found, route)
-        served = await store_once(self.objects, _serving_key(route.name), made)
+        served = await store_once(self.objects, keys.serving(route.name), made)
         if served.map_digest != made.map_digest:
             served = made
-            await self.objects.put(_serving_key(route.name), made.model_dump_json(indent=1).encode())
+            await store(self.objects, keys.serving(route.name), made)
         # The time of the record makes all workers tell the same event, and another one when a version comes back.
         told = UpdatedMap(
             map=route.name,
@@ -518,12 +503,8 @@ def _is_another_image(served: str, source: str, stamp: str) -> bool:
     return ecr_of(source) is not None and bool(digest) and pinned == repository_of(source) and digest != stamp
 
 
-def _serving_key(name: str) -> str:
-    return f"maps/{name}/serving.json"
-
-
-def _rejection_key(found: Map) -> str:
-    return f"maps/{found.name}/rejected/{found.digest}.json"
+def _rejection_of(found: Map) -> Document[Rejection]:
+    return keys.rejection(found.name, found.digest)
 
 
 def _source_of(found: Map, route: Route) -> str:

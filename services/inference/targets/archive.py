@@ -34,6 +34,7 @@ from shared.concurrency import all_of
 from shared.config import Misconfigured
 from shared.dicomweb import MAX_STORE_BYTES, DicomWeb, DicomWebError, StoreRejected, StoreTooLarge
 from shared.errors import Unavailable
+from shared.keys import ImportKeys
 from shared.log import get_logger
 from shared.objects import ObjectMissing, ObjectStore
 
@@ -308,14 +309,14 @@ class ImportJobs(HealthImaging):
         The prefix follows from the instances, and the client's token lies in it: who comes after one that was killed,
         or did not wait long enough, meets the same job. With the prefix the token goes, so that the next job is new.
         """
-        prefix = _import_prefix(instances)
-        token, is_read = await self._token(f"{prefix}token")
-        keys = {f"{prefix}input/{one.sop_instance_uid}.dcm": one.path for one in instances}
+        places = _import_keys(instances)
+        token, is_read = await self._token(places.token)
+        keys = {f"{places.input}{one.sop_instance_uid}.dcm": one.path for one in instances}
         try:
             await all_of((partial(self._objects.upload, path, key) for key, path in keys.items()), at_once=TRANSFERS)
             was_read, is_read = is_read, True
             try:
-                job_id = await self._start(prefix, token)
+                job_id = await self._start(places, token)
             except _NotStarted:
                 is_read = was_read
                 raise
@@ -324,7 +325,7 @@ class ImportJobs(HealthImaging):
             await self._check(job, set(keys))
         finally:
             if not is_read:
-                leftovers = [item.key async for item in self._objects.list(prefix)]
+                leftovers = [item.key async for item in self._objects.list(places.prefix)]
                 await all_of((partial(self._objects.delete, key) for key in leftovers), at_once=TRANSFERS)
 
     async def _token(self, key: str) -> tuple[str, bool]:
@@ -337,8 +338,8 @@ class ImportJobs(HealthImaging):
         except ObjectMissing:
             raise Unavailable("an import of the same instances has just ended") from None
 
-    async def _start(self, prefix: str, token: str) -> str:
-        uri = f"s3://{self._objects.bucket}/{prefix}"
+    async def _start(self, places: ImportKeys, token: str) -> str:
+        bucket = f"s3://{self._objects.bucket}"
         for attempt in range(STARTS):
             try:
                 job = await self._client.start_dicom_import_job(
@@ -346,8 +347,8 @@ class ImportJobs(HealthImaging):
                     dataAccessRoleArn=self._role_arn,
                     clientToken=token,
                     datastoreId=self._datastore_id,
-                    inputS3Uri=f"{uri}input/",
-                    outputS3Uri=f"{uri}output/",
+                    inputS3Uri=f"{bucket}/{places.input}",
+                    outputS3Uri=f"{bucket}/{places.output}",
                 )
             except ClientError as error:
                 if error.response["Error"]["Code"] not in THROTTLED:
@@ -447,9 +448,9 @@ async def stow(web: DicomWeb, instances: Sequence[Instance]) -> None:
             raise PushRejected from None
 
 
-def _import_prefix(instances: Iterable[Instance]) -> str:
+def _import_keys(instances: Iterable[Instance]) -> ImportKeys:
     uids = sorted(f"{one.study_uid}/{one.series_uid}/{one.sop_instance_uid}" for one in instances)
-    return f"imports/{hashlib.sha256(chr(10).join(uids).encode()).hexdigest()[:32]}/"
+    return ImportKeys(hashlib.sha256(chr(10).join(uids).encode()).hexdigest()[:32])
 
 
 def _pauses(n: int = LOOKS) -> list[float]:

@@ -21,8 +21,6 @@ from pydantic import ValidationError
 
 from services.trainer.data.cache import PART, kept_copies
 from services.trainer.data.manifest import (
-    Array,
-    Manifest,
     NotNormalised,
     newest_revisions,
     opened,
@@ -32,12 +30,15 @@ from services.trainer.data.manifest import (
 )
 from services.trainer.data.sources import Source, source_of
 from services.trainer.reasons import CannotTrain
-from services.trainer.records import Sidecar
 from services.trainer.settings import TrainerSettings
 from shared.child import Json
 from shared.concurrency import all_of
+from shared.documents.arrays import Sidecar
+from shared.documents.document import Document
+from shared.documents.training import Array, Manifest
 from shared.errors import Unavailable
 from shared.idempotency import store_once, stored
+from shared.keys import ARRAY_SUFFIX, sidecar
 from shared.log import get_logger
 from shared.messages import TrainingRequest
 from shared.objects import ObjectMissing, ObjectStore
@@ -46,6 +47,7 @@ from shared.workfolder import sha256_of_file
 DOWNLOADS = 8
 """Arrays, or sidecars, that are fetched at the same time."""
 MANIFEST = "manifest.json"
+"""Beside the copies."""
 METHOD = 1
 """Raised when the same listing comes to another manifest."""
 
@@ -54,11 +56,11 @@ log = get_logger()
 
 @asynccontextmanager
 async def loaded(
-    request: TrainingRequest, folder: str, objects: ObjectStore, settings: TrainerSettings
+    request: TrainingRequest, document: Document[Manifest], objects: ObjectStore, settings: TrainerSettings
 ) -> AsyncIterator[Json]:
     """Fetch the images of a training, and keep the copies for as long as the block runs.
 
-    Afterwards `<folder>/manifest.json` is stored. May run twice, also at the same time on one machine.
+    Afterwards `document`, their manifest, is stored. May run twice, also at the same time on one machine.
 
     Yields:
         What the training process is told of them: the lists `train` and `held_out` of paths. Where there are classes,
@@ -69,15 +71,15 @@ async def loaded(
         CannotTrain: a code of `reasons.REASONS`.
         Unavailable: what the arrays are read from does not answer.
     """
-    key = f"{folder}/{MANIFEST}"
     source, prefix = await source_of(request, objects, settings)
-    begun_with = await stored(objects, key, Manifest)
+    begun_with = await stored(objects, document)
     listed: list[_Listed] = []
     if begun_with is None:
         listed = await _listing(request, source, prefix)
         listing_hash = _hash_of([METHOD, request.dataset, request.data_uri, request.classes, listed])
     else:
-        listing_hash = begun_with.listing_hash or _hash_of(begun_with.model_dump(mode="json"))
+        told = begun_with.model_dump(mode="json", exclude={"schema_version"})  # that of the first trainers had none
+        listing_hash = begun_with.listing_hash or _hash_of(told)
 
     async with kept_copies(settings.copies, listing_hash, limit_bytes=settings.cache_bytes) as copies:
         manifest = begun_with or _kept(copies)
@@ -91,7 +93,7 @@ async def loaded(
             await _fetched(manifest.arrays, copies, source)
         if begun_with is None:
             _check(manifest, settings.min_images)
-            if await store_once(objects, key, manifest) != manifest:
+            if await store_once(objects, document, manifest) != manifest:
                 raise Unavailable("another worker began this training with other data")
         yield _told(manifest, copies)
 
@@ -111,19 +113,16 @@ async def _listing(request: TrainingRequest, source: Source, prefix: str) -> lis
     listed: list[_Listed] = []
     for class_name, below in folders.items():
         found = {item.key: item async for item in source.list(below)}
-        for key in newest_revisions({key: item.last_modified for key, item in found.items() if key.endswith(".npy")}):
-            sidecar = found.get(_sidecar_key(key))
-            if sidecar is None:
+        arrays = {key: item.last_modified for key, item in found.items() if key.endswith(ARRAY_SUFFIX)}
+        for key in newest_revisions(arrays):
+            beside = found.get(sidecar(key).key)
+            if beside is None:
                 log.warning("training.array_without_sidecar", array_sha256=_hash_of(key))
                 continue
-            listed.append((key, found[key].etag, sidecar.etag, class_name))
+            listed.append((key, found[key].etag, beside.etag, class_name))
     if not listed:
         raise CannotTrain("no_data")
     return listed
-
-
-def _sidecar_key(key: str) -> str:
-    return f"{key.removesuffix('.npy')}.json"
 
 
 def _hash_of(told: object) -> str:
@@ -134,16 +133,16 @@ async def _described(listed: Sequence[_Listed], source: Source) -> list[Array]:
     """Read the sidecars."""
 
     async def read(key: str, etag: str, class_name: str | None) -> Array:
-        sidecar = Sidecar.model_validate_json(await source.get(_sidecar_key(key)))
-        series = sidecar.series_uid or series_of(key)
+        told = Sidecar.model_validate_json(await source.get(sidecar(key).key))
+        series = told.series_uid or series_of(key)
         return Array(
             key=key,
             etag=etag,
             series_uid=series,
-            group=sidecar.patient_key or series,
-            class_name=class_name or sidecar.class_name,
-            modality=sidecar.modality,
-            window=sidecar.window,
+            group=told.patient_key or series,
+            class_name=class_name or told.class_name,
+            modality=told.modality,
+            window=told.window,
         )
 
     try:

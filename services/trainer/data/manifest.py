@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+
+from shared.documents.training import Array, Manifest
+from shared.keys import ARRAY_SUFFIX
 
 HELD_OUT = 0.25
 """Share of the patients that is kept out of the training, at least one."""
@@ -27,58 +29,8 @@ OF_INGEST = re.compile(r"(?P<series>.+)\.[0-9a-f]{16,64}\.[0-9a-f]+\.npy")
 Vector = npt.NDArray[np.float64]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Array(_Frozen):
-    """One array of slices, (n, H, W) float32 in [-1, 1], as it stood when the training began."""
-
-    key: str
-    """Its key, or its path at the address that the request names."""
-    etag: str
-    """What the store tells versions apart by."""
-    sha256: str = ""
-    """Of the file, in hex; empty in manifests of the first version."""
-    series_uid: str
-    group: str
-    """Whose slices these are: the patient's key, or the series where it is unknown. A group is never split."""
-    n: int = 0
-    """Slices; known when it was fetched."""
-    held_out: bool = False
-    class_name: str | None = None
-    modality: str | None = None
-    window: tuple[float, float] | None = None
-    """Modality values that became -1 and 1."""
-
-
 class NotNormalised(ValueError):  # noqa: N818 - it states a fact
     """The values of an array are no brightnesses in [-1, 1]."""
-
-
-class Manifest(_Frozen):
-    """The data of a training; stored beside the model."""
-
-    dataset: str
-    arrays: tuple[Array, ...]
-    classes: tuple[str, ...] = ()
-    """Names of the classes; the label of a class is its place here. Empty where there are not at least two."""
-    source: str | None = None
-    """The address that the request named; None where the arrays lie in the bucket."""
-    listing_hash: str = ""
-    """Hash of what was found at the first start; copies of the arrays are kept under it."""
-
-    def labels(self, *, held_out: bool) -> list[int]:
-        """Return the labels of the arrays of one side; none where there are no classes."""
-        return [
-            self.classes.index(array.class_name)
-            for array in self.arrays
-            if array.class_name in self.classes and array.held_out == held_out
-        ]
-
-    def n_images(self, *, held_out: bool) -> int:
-        """Count the images of one side of the split."""
-        return sum(array.n for array in self.arrays if array.held_out == held_out)
 
 
 def newest_revisions(keys: Mapping[str, datetime]) -> list[str]:
@@ -97,7 +49,7 @@ def newest_revisions(keys: Mapping[str, datetime]) -> list[str]:
 def series_of(key: str) -> str:
     """Return the series UID in an array's key; for one that ingest did not make, the whole key stands for it."""
     made = OF_INGEST.fullmatch(key.rsplit("/", 1)[-1])
-    return made["series"] if made else key.removesuffix(".npy")
+    return made["series"] if made else key.removesuffix(ARRAY_SUFFIX)
 
 
 def split(dataset: str, arrays: Iterable[Array], summaries: Mapping[str, Vector]) -> Manifest:

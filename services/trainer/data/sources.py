@@ -20,6 +20,7 @@ from fsspec.core import url_to_fs
 from services.trainer.reasons import CannotTrain
 from services.trainer.settings import TrainerSettings
 from shared.errors import Unavailable
+from shared.keys import DATASETS
 from shared.messages import TrainingRequest
 from shared.objects import ObjectMissing, ObjectStore, ObjectSummary
 
@@ -57,7 +58,7 @@ async def source_of(request: TrainingRequest, objects: ObjectStore, settings: Tr
     """
     uri = request.data_uri
     if uri is None:
-        return objects, "datasets/"
+        return objects, DATASETS
     allowed = tuple(settings.data_uris.split())
     if not uri.startswith(allowed) or CHAINED in uri or {".", ".."} & set(uri.split("/")):
         raise CannotTrain("data_uri_not_allowed")

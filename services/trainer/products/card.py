@@ -7,9 +7,8 @@ model's `execution`, `selection` and `description`. What is not known stays as m
 from collections.abc import Sequence
 from typing import Any
 
-from services.trainer.data.manifest import Manifest
-from services.trainer.data.units import Units
-from services.trainer.records import StoredRound
+from shared.documents.arrays import Units
+from shared.documents.training import Manifest, StoredRound
 from shared.messages import Evaluation
 
 Json = dict[str, Any]
@@ -28,11 +27,11 @@ CALIBRATED_BY = 100
 """Held-out images below which their 1 % quantile, the limit of the test for copies, is their minimum."""
 
 
-def describe(folder: str, chosen: StoredRound, manifest: Manifest, units: Units, made: Json) -> Json:
+def describe(manifest_key: str, chosen: StoredRound, manifest: Manifest, units: Units, made: Json) -> Json:
     """Say what generator.pt is, how good it is, and of which data it was made.
 
     Args:
-        folder: `models/<request id>`.
+        manifest_key: where the manifest is stored.
         chosen: the round that the generator is of.
         manifest: the data.
         units: what the numbers of an image mean.
@@ -45,6 +44,7 @@ def describe(folder: str, chosen: StoredRound, manifest: Manifest, units: Units,
         groups[array.held_out].add(array.group)
     memorisation = told.evaluation.memorisation
     return {
+        "schema_version": 1,  # of StoredDescription, which is what we read again of it
         "request_id": told.request_id,
         "file": "generator.pt",
         "sha256": made["sha256"],
@@ -67,7 +67,7 @@ def describe(folder: str, chosen: StoredRound, manifest: Manifest, units: Units,
         },
         "data": {
             "dataset": manifest.dataset,
-            "manifest_key": f"{folder}/manifest.json",
+            "manifest_key": manifest_key,
             "n_series": len(manifest.arrays),
             "n_training_images": manifest.n_images(held_out=False),
             "n_training_patients": len(groups.get(False, ())),

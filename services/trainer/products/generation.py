@@ -19,8 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from services.trainer.config import TrainingConfig, Value
-from services.trainer.data.units import Units
+from services.trainer.config import TrainingConfig
 from services.trainer.gan.networks import Generator
 from services.trainer.gan.training import generate_images
 from services.trainer.jsconfig import read_config
@@ -28,6 +27,8 @@ from services.trainer.products import tensorboard
 from services.trainer.products.secondary_capture import Origin, instance
 from shared.child import Json
 from shared.child import Progress as Tell
+from shared.documents.arrays import Units
+from shared.documents.training import Value
 
 GRID_IMAGES = 64
 WALKS, STEPS = 8, 10

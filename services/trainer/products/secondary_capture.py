@@ -18,7 +18,7 @@ from pydicom.filewriter import dcmwrite
 from pydicom.uid import UID, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 from pydicom.valuerep import DSfloat
 
-from services.trainer.data.units import Units
+from shared.documents.arrays import Units
 
 BITS = 12
 LEVELS = 2**BITS - 1

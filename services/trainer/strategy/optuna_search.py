@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from services.trainer.config import MAX_AUGMENTATION, Value
+from services.trainer.config import MAX_AUGMENTATION
 from services.trainer.strategy import policy
 from services.trainer.strategy.policy import Decision, Situation
+from shared.documents.training import Value
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -24,11 +24,14 @@ covariances (relative_fd 1.28 was seen with a coverage of 0.28). What counts is 
 real images, because with unlike patients these do not reach 1 either.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
-from services.trainer.config import MAX_AUGMENTATION, Value
+from services.trainer.config import MAX_AUGMENTATION
+from shared.documents.training import StoredRound, Value
+from shared.messages import TrainingRequest
 
 Metric = Literal["relative_fd", "distance", "kid"]
 METRICS: dict[Metric, str] = {"relative_fd": "relative distance", "distance": "distance", "kid": "KID"}
@@ -60,6 +63,11 @@ class Goal:
     """Share of other real images' coverage."""
     max_rounds: int = 5
 
+    @classmethod
+    def of(cls, request: TrainingRequest) -> Self:
+        """Return what a request asks for."""
+        return cls(request.threshold, request.metric, request.min_coverage, request.max_rounds)
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
@@ -78,6 +86,23 @@ class Observation:
     """Mean sign of that."""
     copies: bool = False
     """Whether the generated images are copies of training images."""
+
+    @classmethod
+    def of(cls, done: StoredRound) -> Self:
+        """Return what a completed round showed."""
+        evaluation = done.told.evaluation
+        made, real = evaluation.quality, evaluation.real_quality
+        return cls(
+            done.told.config,
+            relative_fd=evaluation.relative_fd,
+            distance=evaluation.distance,
+            kid=made.kid if made else math.inf,
+            coverage=made.coverage / real.coverage if made and real and real.coverage else 1.0,
+            precision=made.precision / real.precision if made and real and real.precision else 1.0,
+            margin=done.margin,
+            told_apart=done.losses[-1].get("told_apart", 0.0) if done.losses else 0.0,
+            copies=evaluation.copies,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Keys, digests and revisions, as ingest writes and inference reads them."""
+"""Digests and revisions, as ingest writes and inference reads them."""
 
 import random
 from datetime import UTC, datetime
@@ -7,39 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.dicom import (
-    Geometry,
-    Revision,
-    StoredInstance,
-    digest_of,
-    instance_key,
-    is_uid,
-    revision_key,
-    series_prefix,
-    sha_of,
-    stored_instance,
-)
+from shared import keys
+from shared.documents.document import body_of
+from shared.documents.revisions import Revision, StoredInstance, digest_of, sha_of
 from shared.errors import Unprocessable
+from shared.messages import Geometry
 
 uids = st.lists(st.integers(0, 10**9), min_size=1, max_size=6).map(lambda parts: ".".join(map(str, parts)))
 shas = st.text("0123456789abcdef", min_size=16, max_size=16)
-
-
-@given(study=uids, series=uids, sop=uids, sha=shas)
-def test_an_instance_key_is_read_back(study, series, sop, sha):
-    """What is written into a key, UID and sha, is found in a listing, also where a sha is all digits."""
-    key = instance_key(study, series, sop, sha)
-
-    assert key.startswith(series_prefix(study, series))
-    assert stored_instance(key) == StoredInstance(sop_instance_uid=sop, sha=sha, key=key)
-
-
-@pytest.mark.parametrize(
-    "key", ["studies/1/2/revisions/abc.json", "studies/1/2/3.dcm", "settling/1/2/3", "studies/1/2/"]
-)
-def test_other_keys_are_no_instances(key):
-    """Revisions and whatever else lies under a series are passed over in its listing."""
-    assert stored_instance(key) is None
 
 
 @given(st.lists(st.tuples(uids, shas), min_size=1, max_size=9, unique_by=lambda pair: pair[0]), st.randoms())
@@ -53,23 +28,6 @@ def test_a_digest_depends_on_the_set(pairs, rng: random.Random):
     assert digest_of(made) == digest_of(shuffled)
     assert digest_of(made) != digest_of(more)
     assert len(digest_of(made)) == 32
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("1.2.840", True),
-        ("1", True),
-        ("", False),
-        ("1..2", False),
-        ("1.2/3", False),
-        ("1.2\n", False),
-        ("1" * 65, False),
-    ],
-)
-def test_a_uid_is_digits_and_dots(text, expected):
-    """Only a UID may become a part of a key."""
-    assert is_uid(text) is expected
 
 
 def revision():
@@ -90,16 +48,17 @@ def revision():
 def test_a_revision_survives_storage():
     """A stored revision is read back as it was, and knows its key."""
     made = revision()
+    document = keys.document_of(made)
 
-    assert Revision.parse(made.body()) == made
-    assert made.key == revision_key("1", "2", made.digest)
+    assert document.parse(body_of(made)) == made
+    assert document == keys.revision("1", "2", made.digest)
 
 
 def test_a_damaged_revision_is_unprocessable_and_unquoted():
     """The error names the field, never the value."""
-    body = revision().body().replace(b'"lung"', b'"Jane Secretperson"')
+    body = body_of(revision()).replace(b'"lung"', b'"Jane Secretperson"')
     with pytest.raises(Unprocessable) as raised:
-        Revision.parse(body)
+        keys.document_of(revision()).parse(body)
 
     assert raised.value.reason_code == "invalid_revision"
     assert raised.value.detail == "dataset"
