@@ -139,15 +139,15 @@ async def infer(
     served = maps.get(task.map)
     route = served.route if served is not None else None
     least = route.outputs if route is not None else None
-    documents = ResultKeys.of(task)
+    places = ResultKeys.of(task)
     attempt = uuid.uuid4().hex
 
     # Repeat: what is done is announced again, as the same event.
-    done = await stored(objects, documents.result)
+    done = await stored(objects, places.result)
     if done is not None:
         await _announce(done, publish)
         return
-    failed = await stored(objects, documents.failure)
+    failed = await stored(objects, places.failure)
     if failed is not None and failed.request_id == requested.id:
         await _announce_failure(failed, publish)
         return
@@ -159,7 +159,7 @@ async def infer(
         async with temporary_folder("study-") as folder, temporary_folder("push-") as pushing:
             study = Study.make(folder)
             # Compute, unless somebody has.
-            outputs = await stored(objects, documents.outputs)
+            outputs = await stored(objects, places.outputs)
             if outputs is None:
                 newer = await _superseded_by(objects, task.inputs)
                 of_study = route is not None and route.level == "study"
@@ -175,14 +175,14 @@ async def infer(
                     return
                 computed = await once(
                     objects,
-                    documents.outputs,
+                    places.outputs,
                     lambda _: _compute(task, attempt, study, objects=objects, runner=runner, clock=clock, least=least),
-                    claim=documents.claim,
+                    claim=places.claim,
                     lease_s=lease_s,
                     clock=clock,
                 )
                 if isinstance(computed, Result):
-                    await _announce(await store_once(objects, documents.result, computed), publish)
+                    await _announce(await store_once(objects, places.result, computed), publish)
                     return
                 outputs = computed
 
@@ -198,19 +198,19 @@ async def infer(
             request_id=requested.id,
             attempt=attempt,
             reason_code=reason.reason_code,
-            failure_key=documents.failure.key,
+            failure_key=places.failure.key,
             error_type=reason.error_type,
             where=reason.where,
             time=clock(),
         )
-        await _announce_failure(await store_once(objects, documents.failure, failure), publish)
+        await _announce_failure(await store_once(objects, places.failure, failure), publish)
         return
 
     # Store, then announce.
     result = Result(
         **task.model_dump(),
         outcome="completed",
-        result_key=documents.result.key,
+        result_key=places.result.key,
         outputs=pushed,
         files=outputs.files,
         pushed_to=archive.target,
@@ -219,7 +219,7 @@ async def infer(
         attempt=outputs.attempt,
         time=clock(),
     )
-    await _announce(await store_once(objects, documents.result, result), publish)
+    await _announce(await store_once(objects, places.result, result), publish)
 
 
 class _Failed(Exception):  # noqa: N818 - it states what became of the attempt

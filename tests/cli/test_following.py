@@ -412,3 +412,14 @@ def test_a_study_level_map_is_waited_for_and_its_result_is_the_series_result(cli
     assert both.startswith(place)
     assert seen == ["settled", "settled", "inferred", "pushed"]
     assert [output.sop_instance_uid for output in journey.series[0].outputs] == ["1.2"]
+
+
+def test_a_document_that_cannot_be_read_is_named(client, bucket, tmp_path):
+    """What somebody else wrote, or a newer version, ends in a sentence with its place, and no value is told."""
+    name = tmp_path.name.replace("_", "-")
+    bucket.put(f"models/{name}/completed.json", stored.completed() | {"schema_version": 2, "best_round": "DOE^JANE"})
+    training = Training(client, training_request("d", request_id=name))
+
+    with pytest.raises(Refused, match=f"models/{name}/completed.json is damaged, or of a newer version") as raised:
+        training.look()
+    assert "JANE" not in str(raised.value)

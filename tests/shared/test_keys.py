@@ -1,7 +1,9 @@
 """The keys of the bucket: each as it has always been, each in the layout, and read back from listings."""
 
+import ast
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,10 @@ from shared.documents.document import Document
 from shared.documents.revisions import StoredInstance
 from shared.keys import LAYOUT, ImportKeys, JobKeys, Quarantined, ResultKeys, TrainingKeys
 from shared.messages import InferenceTask, SeriesRef
+
+ROOT = Path(__file__).parent.parent.parent
+KEY = re.compile(r"/?(?:datasets|events|imports|incoming|maps|models|quarantine|reports|results|settling|studies)/\S*$")
+"""A text that is a key or its beginning, without the words of a docstring."""
 
 uids = st.lists(st.integers(0, 10**9), min_size=1, max_size=6).map(lambda parts: ".".join(map(str, parts)))
 shas = st.text("0123456789abcdef", min_size=16, max_size=16)
@@ -111,6 +117,20 @@ def test_each_key_is_in_the_layout_with_its_model():
 
     assert {key: place.model for key, place in found.items()} == models
     assert set(found.values()) == set(LAYOUT)
+
+
+@pytest.mark.parametrize("folder", ["cli", "radqueue", "services", "shared"])
+def test_no_other_module_spells_a_key(folder):
+    """Whoever wants a key asks `shared/keys.py` for it; the paths of DICOMweb are alike, and are none."""
+    spelled = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path.name not in {"keys.py", "dicomweb.py"}
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and KEY.match(node.value)
+    ]
+
+    assert spelled == []
 
 
 def test_prefixes_are_those_of_the_keys():
