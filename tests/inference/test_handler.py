@@ -197,7 +197,7 @@ async def test_superseded_work_is_skipped(worker):
     """A request on a revision that a newer one replaced ends without a result."""
     revision = await worker.store_series()
     newer = revision.model_copy(update={"digest": "f" * 32, "supersedes": revision.digest})
-    await worker.objects.put(newer.key, newer.body())
+    await worker.objects.put(keys.document_of(newer).key, body_of(newer))
     await infer(worker.request(revision), **worker.for_infer)
 
     assert worker.publish.events == []

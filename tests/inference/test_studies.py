@@ -10,6 +10,7 @@ from services.inference import stable_studies
 from services.inference.handler import infer, route
 from services.inference.stable_studies import Quiet, settle
 from shared import keys
+from shared.documents.document import body_of
 from shared.documents.inference import Routing, StudyRouting
 from shared.errors import Unprocessable
 from shared.keys import ResultKeys
@@ -110,7 +111,7 @@ async def test_a_quiet_study_becomes_one_request_for_all_its_series_that_meet_th
     newer = second.model_copy(
         update={"digest": "e" * 32, "supersedes": second.digest, "created": second.created + timedelta(hours=1)}
     )
-    await worker.objects.put(newer.key, newer.body())
+    await worker.objects.put(keys.document_of(newer).key, body_of(newer))
     await route(worker.ready(first), **given)
     (settling,) = publish.of(StudySettling)
     clock.pass_s(120)
@@ -187,7 +188,7 @@ async def test_a_late_series_makes_a_new_request_that_supersedes_the_first(worke
     await settle(publish.of(StudySettling)[-1], **given)
     stored = await worker.store_series(StudyInstanceUID=study_uid)
     late = stored.model_copy(update={"created": stored.created + timedelta(minutes=5)})
-    await worker.objects.put(late.key, late.body())
+    await worker.objects.put(keys.document_of(late).key, body_of(late))
     await route(worker.ready(late), **given)
     clock.pass_s(120)
     await settle(publish.of(StudySettling)[-1], **given)
