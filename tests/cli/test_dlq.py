@@ -121,6 +121,19 @@ def test_a_list_tells_reasons_and_leaves_everything_visible(invoke, queue):
     assert queue.bodies(queue.dead_url) == before
 
 
+def test_reasons_are_ordered_by_number_then_by_name(invoke, queue):
+    """The most frequent reason comes first, and of equals the first by name."""
+    for reason in ("undecodable", "not_json", "bug", "not_json"):
+        queue.bury("x", reason=reason)
+    (found,) = json.loads(invoke("dlq", "list", "reporting", "--json").stdout)["queues"]
+
+    assert [(row["reason"], row["count"]) for row in found["reasons"]] == [
+        ("not_json", 2),
+        ("bug", 1),
+        ("undecodable", 1),
+    ]
+
+
 def test_nothing_of_a_poison_body_is_shown(invoke, queue):
     """A body with a name in it, broken or well-formed, and attributes of unknown origin are not in the output."""
     queue.bury(POISON, POISON + '"1"}', reason="not_json")

@@ -2,6 +2,7 @@
 
 import io
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,19 @@ def test_a_deflated_bomb_is_stopped(maker):
     assert len(deflated) < 1 << 17
     assert refusal(meta + deflated) == "too_large"
     assert refusal(meta + deflated[:1000]) in {"truncated", "too_large"}
+
+
+def test_a_deflated_data_set_of_just_the_limit_is_read(maker):
+    """The limit is the largest size that is taken, not the smallest that is refused."""
+    dataset = _written(maker.ct(), ExplicitVRLittleEndian)
+    start = data_set_at(dataset)
+    meta = dataset[:start].replace(b"\x14\0" + b"1.2.840.10008.1.2.1\0", b"\x16\0" + b"1.2.840.10008.1.2.1.99")
+    deflating = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    upload = meta + deflating.compress(dataset[start:]) + deflating.flush()
+    n_bytes = len(dataset) - start
+
+    assert normalise(upload, replace(CAPS, inflated=n_bytes)) is not None
+    assert refusal(upload, replace(CAPS, inflated=n_bytes - 1)) == "too_large"
 
 
 def test_zeros_behind_the_data_set_are_dropped(maker, make_part_10):

@@ -49,6 +49,15 @@ def test_only_the_newest_revision_of_a_series_counts():
     assert series_of(f"{two}.{'aa' * 16}.c1.npy") == "1.2.840.11"
 
 
+def test_of_two_arrays_stored_in_one_second_the_last_by_key_counts():
+    """S3 tells whole seconds: then every worker takes the same array, whatever the order of the listing."""
+    first, last = (f"datasets/d/1.2.840.1.{digest * 16}.c1.npy" for digest in ("aa", "bb"))
+
+    assert newest_revisions({first: NOON, last: NOON}) == [last]
+    assert newest_revisions({last: NOON, first: NOON}) == [last]
+    assert newest_revisions({last: NOON, first: NOON + timedelta(seconds=1)}) == [first]
+
+
 def test_files_that_ingest_did_not_make_are_series_of_their_own():
     """Names with dots that only look like a revision's never stand for one another."""
     keys = dict.fromkeys(
