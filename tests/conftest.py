@@ -20,9 +20,12 @@ from botocore.config import Config
 from deploy.topology import Topology
 from shared.aws import Aws, connect
 from shared.config import ServiceSettings
+from tests.examples import register_profiles
 
 ROOT = Path(__file__).parent.parent
 STOP_TIMEOUT_S = 30
+
+register_profiles()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from services.ingest.reading import Caps, looks_like_dicom, normalise, noted_in
 from services.ingest.reasons import REASONS, WARNINGS
 from shared.dicom import sha_of
 from shared.errors import Unprocessable
+from tests.examples import examples
 
 CAPS = Caps(inflated=1 << 24, pixels=1 << 24)
 
@@ -279,7 +280,7 @@ def test_deep_nesting_ends_in_an_error_not_in_a_crash(maker, make_part_10):
 
 
 @given(cut=st.integers(min_value=1, max_value=1400))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_short_is_never_taken(maker, make_part_10, cut):
     """Wherever a file ends too early, it is refused with a code that is documented."""
     upload = make_part_10(maker.ct(0))
@@ -288,7 +289,7 @@ def test_a_file_cut_short_is_never_taken(maker, make_part_10, cut):
 
 
 @given(edits=st.lists(st.tuples(st.integers(128, 900), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_file_is_taken_or_refused(maker, make_part_10, edits):
     """Whatever bytes are changed, the outcome is an instance with known warnings, or a code that is documented."""
     upload = bytearray(make_part_10(maker.ct(0)))

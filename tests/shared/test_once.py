@@ -22,6 +22,7 @@ from shared.messages import ReportRequest, ReportRequested
 from shared.objects import ObjectMissing, ObjectStore
 from shared.once import once, store_once, stored
 from shared.queue import circuit, consume, receive_count
+from tests.examples import examples
 from tests.queue.virtualtime import virtual_time
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -577,7 +578,7 @@ class World:
                 return
 
 
-@settings(max_examples=200, deadline=None, print_blob=True)
+@settings(max_examples=examples(200), deadline=None, print_blob=True)
 @given(st.integers(0, 2**32), st.floats(0, 0.3), st.sampled_from([0.0, 0.0, 1.0]))
 def test_any_interleaving_makes_one_record(seed, faults, skewed):
     """Workers die and S3 fails at any place: one record, given to all; no epoch twice; never two at work in step."""

@@ -21,6 +21,7 @@ from services.trainer.dataset import (
 from services.trainer.images import AT_ONCE, load_images
 from services.trainer.products import image_grid
 from shared.errors import Unprocessable
+from tests.examples import examples
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
@@ -68,7 +69,7 @@ def test_files_that_ingest_did_not_make_are_series_of_their_own():
     assert series_of("folder/scan.001.axial.npy") == "folder/scan.001.axial"
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(150))
 @given(groups=st.lists(st.sampled_from("abcdefghijkl"), min_size=2, max_size=40))
 def test_no_patient_is_on_both_sides(groups):
     """All arrays of a patient are on one side, a quarter of the patients is kept back, in whatever order they come."""
@@ -83,7 +84,7 @@ def test_no_patient_is_on_both_sides(groups):
     assert manifest.n_images(held_out=True) + manifest.n_images(held_out=False) == 10 * len(groups)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(150))
 @given(patients=st.lists(st.tuples(st.sampled_from("abcdefghijkl"), st.sampled_from("xyz")), min_size=1, max_size=40))
 def test_a_class_of_two_patients_of_its_own_is_on_both_sides(patients):
     """Each class keeps back some of its patients and learns from others, and a patient stays whole."""
