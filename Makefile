@@ -13,7 +13,8 @@ demo: setup
 	$(BIN)/radqueue demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		-m 'not slow and not nightly' $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check

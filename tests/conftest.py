@@ -25,7 +25,35 @@ from tests.examples import register_profiles
 ROOT = Path(__file__).parent.parent
 STOP_TIMEOUT_S = 30
 
+LONGEST_FIRST = (
+    "test_journey.py",
+    "cli/test_map_commands.py",
+    "trainer/test_journey.py",
+    "cli/test_map_examples.py",
+    "cli/test_up.py",
+    "trainer/test_training.py",
+    "shared/test_once.py",
+    "trainer/test_loading.py",
+    "inference/test_runner_processes.py",
+    "inference/test_runner.py",
+    "trainer/test_distributed.py",
+    "trainer/test_resume.py",
+    "cli/test_map_build.py",
+    "inference/test_isolation.py",
+)
+"""Files that take the longest. A file stays with one worker: begun late, it would be waited for by all the others."""
+
 register_profiles()
+
+
+@pytest.hookimpl(tryfirst=True)  # what is slow is left out by pytest's own hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, and call slow whatever runs containers."""
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    for item in items:
+        if "engine" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @dataclass(frozen=True)
