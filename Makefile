@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench chaos
+.PHONY: setup demo test coverage lint bench chaos
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml deploy/constraints.txt deploy/setup
@@ -14,7 +14,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-		-m 'not slow and not nightly' $(ARGS)
+		-m 'not slow and not nightly' $(COVERAGE) $(ARGS)
+
+coverage: COVERAGE := --cov
+coverage: test
 
 lint: setup
 	$(BIN)/ruff check
