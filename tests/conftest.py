@@ -126,6 +126,7 @@ def start_local_aws(directory: Path, port: int = 0) -> LocalAws:
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     # The line comes when the whole topology answers; the end of the stream comes when the process died first.
     word, _, endpoint_url = process.stdout.readline().strip().partition(" ")
     if word != "ready":
