@@ -27,19 +27,18 @@ STOP_TIMEOUT_S = 30
 
 LONGEST_FIRST = (
     "test_journey.py",
+    "chaos/test_services.py",
     "cli/test_map_commands.py",
-    "trainer/test_journey.py",
-    "cli/test_map_examples.py",
-    "cli/test_up.py",
     "trainer/test_training.py",
+    "trainer/test_journey.py",
     "shared/test_once.py",
-    "trainer/test_loading.py",
-    "inference/test_runner_processes.py",
     "inference/test_runner.py",
+    "inference/test_runner_processes.py",
+    "cli/test_up.py",
     "trainer/test_distributed.py",
     "trainer/test_resume.py",
     "cli/test_map_build.py",
-    "inference/test_isolation.py",
+    "inference/test_container.py",
 )
 """Files that take the longest. A file stays with one worker: begun late, it would be waited for by all the others."""
 
