@@ -18,13 +18,13 @@ from typing import Any
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import NoCredentialsError
 
+from shared.aws_errors import AWS_ERRORS, Kind, code_of, is_answer, kind_of
 from shared.config import Misconfigured, ServiceSettings, load
 from shared.messages import Event
 
 QUEUES = ("ingest", "inference", "training", "reporting")
-NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 CONNECTIONS = 16
 HOW_TO = (
     "Start radqueue on this machine with `radqueue up`, then in another terminal "
@@ -84,8 +84,8 @@ class Client:
         with self._explained():
             try:
                 body: bytes = self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
-            except ClientError as error:
-                if error.response["Error"]["Code"] in NOT_FOUND:
+            except AWS_ERRORS as error:
+                if kind_of(error) is Kind.MISSING:
                     return None
                 raise
         return body
@@ -104,8 +104,8 @@ class Client:
         with self._explained():
             try:
                 when: datetime = self._s3.head_object(Bucket=self.bucket, Key=key)["LastModified"]
-            except ClientError as error:
-                if error.response["Error"]["Code"] in NOT_FOUND:
+            except AWS_ERRORS as error:
+                if kind_of(error) is Kind.MISSING:
                     return None
                 raise
         return when
@@ -202,8 +202,8 @@ class Client:
                 found: dict[str, Any] = self._imaging.get_image_set(
                     datastoreId=self.settings.datastore_id, imageSetId=image_set_id
                 )
-            except ClientError as error:
-                if error.response["Error"]["Code"] == "ResourceNotFoundException":
+            except AWS_ERRORS as error:
+                if kind_of(error) is Kind.MISSING:
                     return None
                 raise
         return found
@@ -245,12 +245,12 @@ class Client:
             yield
         except NoCredentialsError:
             raise Misconfigured(f"There are no credentials for {where}. {HOW_TO}") from None
-        except ClientError as error:
-            code = error.response["Error"]["Code"]
-            explanation = EXPLANATIONS.get(code.rsplit(".", 1)[-1], f"{where} answers {code}.")
+        except AWS_ERRORS as error:
+            code = code_of(error)
+            if not is_answer(error):
+                raise Refused(f"{where} does not answer ({code}). Is `radqueue up` running?") from None
+            explanation = EXPLANATIONS.get(code, f"{where} answers {code}.")
             raise Refused(explanation.format(where=where, bucket=self.bucket)) from None
-        except (BotoCoreError, OSError) as error:
-            raise Refused(f"{where} does not answer ({type(error).__name__}). Is `radqueue up` running?") from None
 
 
 EXPLANATIONS = {

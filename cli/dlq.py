@@ -22,11 +22,11 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
 
-from botocore.exceptions import ClientError
 from rich.markup import escape
 from rich.table import Table
 
 from cli.client import QUEUES, Client, Refused
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.config import Misconfigured
 from shared.messages import EVENT_TYPES
 
@@ -210,8 +210,8 @@ class Redrive:
         try:
             if not self._tasks(sqs, "RUNNING"):
                 sqs.start_message_move_task(SourceArn=self.place.dead_arn, DestinationArn=self.place.arn)
-        except ClientError as error:
-            if error.response["Error"]["Code"].rsplit(".", 1)[-1] in MISSING:
+        except AWS_ERRORS as error:
+            if code_of(error) in MISSING:
                 return False
             raise
         self.how = "move_task"

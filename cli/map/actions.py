@@ -11,7 +11,6 @@ from typing import Any
 
 import boto3
 import pydicom
-from botocore.exceptions import BotoCoreError, ClientError
 from pydicom.errors import InvalidDicomError
 
 from cli.client import Refused, WrongUsage
@@ -26,6 +25,7 @@ from services.inference.reasons import explained
 from services.inference.serving import gpus
 from services.inference.serving.runner import Serving
 from services.inference.settings import InferenceSettings
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.child import ChildFailed
 from shared.config import load
 from shared.dicom import silence
@@ -257,5 +257,5 @@ def _authorization(tag: str, environ: Environ) -> str | None:
     ecr = boto3.client("ecr", region_name=place[1], endpoint_url=environ.get("AWS_ENDPOINT_URL"))
     try:
         return str(ecr.get_authorization_token()["authorizationData"][0]["authorizationToken"])
-    except (BotoCoreError, ClientError) as error:
-        raise Refused(f"ECR gives no authorization ({type(error).__name__})") from None
+    except AWS_ERRORS as error:
+        raise Refused(f"ECR gives no authorization ({code_of(error)})") from None

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError
 
 from services.inference import stable_studies
 from services.inference.handler import infer, route
@@ -29,6 +28,7 @@ from services.inference.targets.archive import (
     S3Only,
 )
 from shared.aws import Aws
+from shared.aws_errors import AWS_ERRORS, code_of, is_answer
 from shared.concurrency import KeyedLocks
 from shared.config import Misconfigured
 from shared.dicom import silence
@@ -212,11 +212,9 @@ def open_ecr(aws: Aws, region: str) -> AbstractAsyncContextManager[Any]:
 async def _datastore_answers(settings: InferenceSettings, aws: Aws) -> None:
     try:
         await aws.medical_imaging.get_datastore(datastoreId=settings.datastore_id)
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        raise Misconfigured(f"RADQUEUE_DATASTORE_ID: HealthImaging answers {code} for this data store.") from None
-    except BotoCoreError as error:
-        raise Misconfigured(f"RADQUEUE_DATASTORE_ID: HealthImaging fails with {type(error).__name__}.") from None
+    except AWS_ERRORS as error:
+        says = f"answers {code_of(error)} for this data store" if is_answer(error) else f"fails with {code_of(error)}"
+        raise Misconfigured(f"RADQUEUE_DATASTORE_ID: HealthImaging {says}.") from None
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ IAM: ecr:DescribeImages and ecr:GetAuthorizationToken; ecr:BatchGetImage and ecr
 import asyncio
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -29,7 +29,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import AwareDatetime
 from pydicom.errors import InvalidDicomError
 
@@ -43,6 +42,7 @@ from services.inference.serving.gpus import Share
 from services.inference.serving.runner import MapRunner, Run, Serving, Study
 from services.inference.targets.archive import Archives
 from shared import metrics as declared
+from shared.aws_errors import answering
 from shared.child import ChildFailed
 from shared.concurrency import all_of, temporary_folder
 from shared.config import Misconfigured
@@ -169,7 +169,7 @@ class Sources:
         pinned = reference or f"{repository_of(route.source)}@{await self._ecr_digest(route.source)}"
         engine = await asyncio.to_thread(self.engine)
         if await asyncio.to_thread(engine.inspect, pinned) is None:
-            with _aws_errors():
+            with answering("ECR"):
                 async with self.ecr(place[1]) as client:
                     authorization = await ecr_authorization(client)
             await asyncio.to_thread(engine.pull, pinned, authorization=authorization)
@@ -181,7 +181,7 @@ class Sources:
         if digest:
             return digest
         repository, _, tag = name.partition("/")[2].partition(":")
-        with _aws_errors():
+        with answering("ECR"):
             async with self.ecr(region) as client:
                 answer = await client.describe_images(
                     registryId=account, repositoryName=repository, imageIds=[{"imageTag": tag or "latest"}]
@@ -537,12 +537,3 @@ def _listing_of(places: list[Path]) -> str:
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def _aws_errors() -> Iterator[None]:
-    try:
-        yield
-    except (BotoCoreError, ClientError, OSError) as error:
-        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
-        raise Unavailable(f"ECR: {code}") from None

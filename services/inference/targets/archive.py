@@ -18,18 +18,16 @@ import re
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
 from services.inference.routing import Route, Target
+from shared.aws_errors import AWS_ERRORS, Kind, answering, code_of, is_answer, kind_of, unavailable
 from shared.concurrency import all_of
 from shared.config import Misconfigured
 from shared.dicomweb import MAX_STORE_BYTES, DicomWeb, DicomWebError, StoreRejected, StoreTooLarge
@@ -69,7 +67,6 @@ STARTS = 8
 """Starting a job is throttled to one per second or fewer; the pause doubles with each try."""
 START_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
-THROTTLED = {"ThrottlingException", "TooManyRequestsException", "ServiceQuotaExceededException"}
 JOB_PAUSE_S = 1.0
 JOB_DEADLINE_S = 3600.0
 MANIFEST_LOOKS = 8
@@ -271,7 +268,7 @@ class HealthImaging:
     async def _search(self, value: dict[str, str]) -> list[Any]:
         criteria: Any = {"filters": [{"operator": "EQUAL", "values": [value]}]}
         found: list[Any] = []
-        with _healthimaging_errors():
+        with answering("HealthImaging"):
             pages = self._client.get_paginator("search_image_sets").paginate(
                 datastoreId=self._datastore_id, searchCriteria=criteria
             )
@@ -281,7 +278,7 @@ class HealthImaging:
 
     async def _instances(self, image_set: Any) -> set[str]:
         """Return the SOPInstanceUIDs in an image set's metadata."""
-        with _healthimaging_errors():
+        with answering("HealthImaging"):
             answer = await self._client.get_image_set_metadata(
                 datastoreId=self._datastore_id, imageSetId=image_set["imageSetId"]
             )
@@ -349,15 +346,15 @@ class ImportJobs(HealthImaging):
                     inputS3Uri=f"{uri}input/",
                     outputS3Uri=f"{uri}output/",
                 )
-            except ClientError as error:
-                if error.response["Error"]["Code"] not in THROTTLED:
-                    raise _NotStarted(f"HealthImaging: {error.response['Error']['Code']}") from None
+            except AWS_ERRORS as error:
+                if not is_answer(error):
+                    raise unavailable("HealthImaging", error) from None
+                if kind_of(error) is not Kind.UNAVAILABLE:
+                    raise _NotStarted(f"HealthImaging: {code_of(error)}") from None
                 # With jitter, so that workers that were refused together do not come back together.
                 pause_s = min(LONGEST_PAUSE_S, START_PAUSE_S * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311
                 log.info("import.throttled", attempt=attempt)
                 await asyncio.sleep(pause_s)
-            except (BotoCoreError, OSError) as error:
-                raise Unavailable(f"HealthImaging: {type(error).__name__}") from None
             else:
                 log.info("import.started", job=job["jobId"])
                 return job["jobId"]
@@ -369,7 +366,7 @@ class ImportJobs(HealthImaging):
         try:
             async with asyncio.timeout(JOB_DEADLINE_S):
                 while True:
-                    with _healthimaging_errors():
+                    with answering("HealthImaging"):
                         answer = await self._client.get_dicom_import_job(datastoreId=self._datastore_id, jobId=job_id)
                     job = answer["jobProperties"]
                     if job["jobStatus"] in {"COMPLETED", "FAILED"}:
@@ -489,15 +486,6 @@ def _key_of(uri: str) -> str:
 def _keywords(message: str) -> list[str]:
     """Return the DICOM keywords in a message, and nothing else of it."""
     return [word for word in re.findall(r"[A-Z][A-Za-z0-9]+", message) if tag_for_keyword(word) is not None]
-
-
-@contextmanager
-def _healthimaging_errors() -> Iterator[None]:
-    try:
-        yield
-    except (BotoCoreError, ClientError, aiohttp.ClientError, OSError, TimeoutError) as error:
-        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
-        raise Unavailable(f"HealthImaging: {code}") from None
 
 
 def _batches(instances: Iterable[Path]) -> Iterator[list[Path]]:

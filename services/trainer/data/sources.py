@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.core import url_to_fs
 
 from services.trainer.reasons import CannotTrain
 from services.trainer.settings import TrainerSettings
+from shared.aws_errors import AWS_ERRORS, Kind, kind_of, unavailable
 from shared.errors import Unavailable
 from shared.messages import TrainingRequest
 from shared.objects import ObjectMissing, ObjectStore, ObjectSummary
@@ -26,7 +26,7 @@ from shared.objects import ObjectMissing, ObjectStore, ObjectSummary
 S3 = "s3://"
 CHAINED = "::"
 """fsspec would read `a::b://c` through another file system, a local one for instance."""
-REFUSED = {403, 404}
+UNREADABLE = {Kind.MISSING, Kind.DENIED, Kind.MISCONFIGURED}
 VERSIONS = {"etag", "md5Hash", "generation", "mtime", "last_modified", "created", "ETag", "Last-Modified"}
 """What file systems call that by which versions of a file are told apart."""
 TIMES = ("mtime", "last_modified", "created")
@@ -75,12 +75,10 @@ async def source_of(request: TrainingRequest, objects: ObjectStore, settings: Tr
 async def _bucket(objects: ObjectStore, bucket: str) -> ObjectStore:
     try:
         await objects.client.head_bucket(Bucket=bucket)
-    except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] in REFUSED:
+    except AWS_ERRORS as error:
+        if kind_of(error) in UNREADABLE:
             raise CannotTrain("data_uri_unreadable") from None
-        raise Unavailable(f"S3: {error.response['Error']['Code']}") from None
-    except BotoCoreError as error:
-        raise Unavailable(f"S3: {type(error).__name__}") from None
+        raise unavailable("S3", error) from None
     return ObjectStore(objects.client, bucket)
 
 
