@@ -83,7 +83,6 @@ async def route(
 
     # Store: the first worker's choice stands, also where another one has newer MAPs.
     routing = await store_once(
-        objects,
         f"{routing_prefix(series)}routing.json",
         Routing(
             maps=tuple(
@@ -95,6 +94,7 @@ async def route(
             modality=ready.data.modality,
             time=clock(),
         ),
+        objects=objects,
     )
 
     # Ask, or tell that there is nobody to ask.
@@ -148,11 +148,11 @@ async def infer(
     attempt = uuid.uuid4().hex
 
     # Repeat: what is done is announced again, as the same event.
-    done = await stored(objects, f"{prefix}result.json", Result)
+    done = await stored(f"{prefix}result.json", Result, objects=objects)
     if done is not None:
         await _announce(done, publish)
         return
-    failed = await stored(objects, f"{prefix}failure.json", Failure)
+    failed = await stored(f"{prefix}failure.json", Failure, objects=objects)
     if failed is not None and failed.request_id == requested.id:
         await _announce_failure(failed, publish)
         return
@@ -164,11 +164,11 @@ async def infer(
         async with temporary_folder("study-") as folder, temporary_folder("push-") as pushing:
             study = Study.make(folder)
             # Compute, unless somebody has.
-            outputs = await stored(objects, f"{prefix}outputs.json", Outputs)
+            outputs = await stored(f"{prefix}outputs.json", Outputs, objects=objects)
             if outputs is None:
                 newer = await _superseded_by(objects, task.inputs)
                 of_study = route is not None and route.level == "study"
-                if newer is not None or (of_study and await stable_studies.is_superseded(task, objects)):
+                if newer is not None or (of_study and await stable_studies.is_superseded(task, objects=objects)):
                     log.info("inference.superseded", map=task.map, by=newer)
                     return
                 installed = _installed(task, served).map
@@ -179,16 +179,16 @@ async def infer(
                     await publish(_requested(current, requested.time), delay_s=REROUTE_S)
                     return
                 computed = await once(
-                    objects,
                     f"{prefix}outputs.json",
                     Outputs,
                     lambda _: _compute(task, attempt, study, objects=objects, runner=runner, clock=clock, least=least),
+                    objects=objects,
                     claim=f"{prefix}claim.json",
                     lease_s=lease_s,
                     clock=clock,
                 )
                 if isinstance(computed, Result):
-                    await _announce(await store_once(objects, f"{prefix}result.json", computed), publish)
+                    await _announce(await store_once(f"{prefix}result.json", computed, objects=objects), publish)
                     return
                 outputs = computed
 
@@ -209,7 +209,7 @@ async def infer(
             where=reason.where,
             time=clock(),
         )
-        await _announce_failure(await store_once(objects, failure.failure_key, failure), publish)
+        await _announce_failure(await store_once(failure.failure_key, failure, objects=objects), publish)
         return
 
     # Store, then announce.
@@ -225,7 +225,7 @@ async def infer(
         attempt=outputs.attempt,
         time=clock(),
     )
-    await _announce(await store_once(objects, result.result_key, result), publish)
+    await _announce(await store_once(result.result_key, result, objects=objects), publish)
 
 
 class _Failed(Exception):  # noqa: N818 - it states what became of the attempt

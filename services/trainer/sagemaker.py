@@ -78,7 +78,7 @@ class SageMaker:
     """Trains in jobs; does all else in a process of this machine."""
 
     def __init__(
-        self, client: Client, objects: ObjectStore, local: Child, settings: TrainerSettings, *, poll_s: float = POLL_S
+        self, settings: TrainerSettings, *, client: Client, objects: ObjectStore, local: Child, poll_s: float = POLL_S
     ) -> None:
         """Take an open client, and what does all but `train`."""
         self._client, self._objects, self._local, self._settings = client, objects, local, settings

@@ -247,7 +247,7 @@ class Fleet:
             except ChildFailed as failed:
                 raise Misconfigured(f"{self.table.file}: {name}: cannot be imported ({failed}).") from None
             log.info("map.ready", map=name, map_digest=found.digest, device=device)
-            await store_once(self.objects, _serving_key(name), self._serves_now(found, route))
+            await store_once(_serving_key(name), self._serves_now(found, route), objects=self.objects)
 
     async def keep_current(self, runner: MapRunner, *, table_s: float, sources_s: float) -> None:
         """Look at the table every `table_s` seconds, and at the sources every `sources_s`, until it is cancelled."""
@@ -440,17 +440,17 @@ class Fleet:
         return golden if golden.startswith("s3://") else str(self.sources.folder / golden)
 
     async def _rejection(self, found: Map) -> Rejection | None:
-        return await stored(self.objects, _rejection_key(found), Rejection)
+        return await stored(_rejection_key(found), Rejection, objects=self.objects)
 
     async def _served(self, name: str) -> Served | None:
-        return await stored(self.objects, _serving_key(name), Served)
+        return await stored(_serving_key(name), Served, objects=self.objects)
 
     def _serves_now(self, found: Map, route: Route) -> Served:
         return Served(map_digest=found.digest, source=_source_of(found, route), since=self.clock())
 
     async def _reject(self, found: Map, route: Route, reason_code: str, previous: str | None) -> None:
         made = Rejection(reason_code=reason_code, time=self.clock())
-        rejection = await store_once(self.objects, _rejection_key(found), made)
+        rejection = await store_once(_rejection_key(found), made, objects=self.objects)
         log.error("map.rejected", map=route.name, map_digest=found.digest, reason=reason_code)
         told = RejectedMap(
             map=route.name,
@@ -465,7 +465,7 @@ class Fleet:
     async def _tell_updated(self, found: Map, route: Route, previous: str | None) -> None:
         log.info("map.updated", map=route.name, map_digest=found.digest, previous_digest=previous)
         made = self._serves_now(found, route)
-        served = await store_once(self.objects, _serving_key(route.name), made)
+        served = await store_once(_serving_key(route.name), made, objects=self.objects)
         if served.map_digest != made.map_digest:
             served = made
             await self.objects.put(_serving_key(route.name), made.model_dump_json(indent=1).encode())

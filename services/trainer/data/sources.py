@@ -48,7 +48,7 @@ class Source(Protocol):
         """Write the object into the file `path`. Raises `ObjectMissing`."""
 
 
-async def source_of(request: TrainingRequest, objects: ObjectStore, settings: TrainerSettings) -> tuple[Source, str]:
+async def source_of(request: TrainingRequest, settings: TrainerSettings, *, objects: ObjectStore) -> tuple[Source, str]:
     """Return what the request's arrays are read from, and the prefix below which its classes' folders lie.
 
     Raises:
@@ -64,7 +64,7 @@ async def source_of(request: TrainingRequest, objects: ObjectStore, settings: Tr
     uri = f"{uri.rstrip('/')}/"
     if uri.startswith(S3):
         bucket, _, prefix = uri.removeprefix(S3).partition("/")
-        return await _bucket(objects, bucket), prefix
+        return await _bucket(bucket, objects=objects), prefix
     try:
         files, prefix = await asyncio.to_thread(url_to_fs, uri)
     except (ImportError, ValueError):  # the library is missing; the scheme is unknown
@@ -72,7 +72,7 @@ async def source_of(request: TrainingRequest, objects: ObjectStore, settings: Tr
     return Files(files), f"{prefix.rstrip('/')}/"
 
 
-async def _bucket(objects: ObjectStore, bucket: str) -> ObjectStore:
+async def _bucket(bucket: str, *, objects: ObjectStore) -> ObjectStore:
     try:
         await objects.client.head_bucket(Bucket=bucket)
     except AWS_ERRORS as error:
