@@ -8,7 +8,6 @@ reporting queues; medical-imaging:GetImageSet on the data store.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice
@@ -23,6 +22,8 @@ from botocore.exceptions import NoCredentialsError
 from shared.aws_errors import AWS_ERRORS, Kind, code_of, is_answer, kind_of
 from shared.config import Misconfigured, ServiceSettings, load
 from shared.messages import Event
+from shared.objects import ObjectSummary
+from shared.operations.refused import Refused
 
 QUEUES = ("ingest", "inference", "training", "reporting")
 CONNECTIONS = 16
@@ -32,28 +33,11 @@ HOW_TO = (
 )
 
 
-class Refused(Exception):  # noqa: N818 - it states what AWS did not do
-    """Something was asked for that cannot be had; the text says what, for people."""
-
-
-class WrongUsage(Refused):
-    """What was asked for cannot be meant."""
-
-
 class ClientSettings(ServiceSettings):
     """What the command line needs: the names of the bucket and the queues, and the data store."""
 
     datastore_id: str = ""
     """The HealthImaging data store that results are in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One line of a listing."""
-
-    key: str
-    size: int
-    last_modified: datetime
 
 
 class Client:
@@ -110,12 +94,15 @@ class Client:
                 raise
         return when
 
-    def stored(self, prefix: str, *, at_most: int | None = None) -> list[Stored]:
+    def stored(self, prefix: str, *, at_most: int | None = None) -> list[ObjectSummary]:
         """Return what is stored under `prefix`, in key order."""
         with self._explained():
             pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
             found = (item for page in pages for item in page.get("Contents", []))
-            return [Stored(item["Key"], item["Size"], item["LastModified"]) for item in islice(found, at_most)]
+            return [
+                ObjectSummary(item["Key"], item["Size"], item["LastModified"], item["ETag"])
+                for item in islice(found, at_most)
+            ]
 
     def url(self, key: str) -> str:
         """Name the object for people and for other clients."""
@@ -127,10 +114,11 @@ class Client:
             # Without threads: the files are small and many, and the progress is told in order.
             self._s3.upload_fileobj(file, self.bucket, key, Callback=told, Config=TransferConfig(use_threads=False))
 
-    def put(self, key: str, body: bytes) -> None:
-        """Store an object."""
+    def put(self, key: str, body: bytes) -> str:
+        """Store an object; returns its ETag."""
         with self._explained():
-            self._s3.put_object(Bucket=self.bucket, Key=key, Body=body)
+            etag: str = self._s3.put_object(Bucket=self.bucket, Key=key, Body=body)["ETag"]
+        return etag
 
     def copy(self, key: str, to: str) -> None:
         """Copy an object inside S3, whatever its size."""

@@ -18,13 +18,14 @@ from typing import Any
 from pydicom.data import get_testdata_file
 
 from cli import orders, pictures, show
-from cli.client import Client, Refused
+from cli.client import Client
 from cli.orders import Training
 from cli.study import uploads
 from cli.study.journey import Journey, Series
 from deploy.local.stack import Stack, StackFailed
 from services.ingest.reasons import REASONS
 from shared.config import Misconfigured
+from shared.operations.refused import Refused
 from shared.phantom import write_cohort
 
 DATASET, SAMPLES = "demo", "samples"

@@ -25,10 +25,11 @@ from typing import Any, Self
 from rich.markup import escape
 from rich.table import Table
 
-from cli.client import QUEUES, Client, Refused
+from cli.client import QUEUES, Client
 from shared.aws_errors import AWS_ERRORS, code_of
 from shared.config import Misconfigured
 from shared.messages import EVENT_TYPES
+from shared.operations.refused import Refused
 
 HOLD_S = 30
 """Seconds for which a message that is looked at is hidden from others."""

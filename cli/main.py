@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import orders, show
-from cli.client import QUEUES, Client, Refused, WrongUsage
+from cli.client import QUEUES, Client
 from cli.map import commands
 from cli.study import ingest_check, quarantine
 from cli.training.generate import Format, opened
@@ -29,6 +29,7 @@ from cli.training.generate import generate as generated
 from deploy.local.stack import ROOT, SERVICES, Stack, StackFailed, StackMisconfigured, read_env
 from services.inference.reasons import several
 from shared.config import Misconfigured
+from shared.operations.refused import Refused, WrongUsage
 
 EXIT_FAILED, EXIT_USAGE, EXIT_SIGNAL = 1, 2, 128
 MAX_SEED = 2**63 - 1

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from cli.client import Client, Refused, WrongUsage, now
+from cli.client import Client, now
 from cli.study.journey import outcome_of
 from services.inference.records import result_prefix
 from services.trainer import config
@@ -29,6 +29,7 @@ from shared.messages import (
     TrainingRequest,
     TrainingRequested,
 )
+from shared.operations.refused import Refused, WrongUsage
 
 POLL_S = 1.0
 TENTHS = 10

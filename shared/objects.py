@@ -6,7 +6,7 @@ IAM: s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket on the bucket. C
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1024 * 1024
 PART_BYTES = 64 * 1024 * 1024
 """Objects above this size are uploaded in parts of this size (S3 allows 10,000 parts of 5 MiB to 5 GiB)."""
+LARGEST_COPY_BYTES = 5 * 1024**3
+"""What one CopyObject takes: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html"""
+COPIED_PART_BYTES = 1024**3
 CONTENT_TYPES = {
     ".dcm": "application/dicom",
     ".html": "text/html; charset=utf-8",
@@ -121,6 +124,22 @@ class ObjectStore:
         with _s3_errors():
             await self._s3.delete_object(Bucket=self.bucket, Key=key)
 
+    async def copy(self, key: str, to: str) -> None:
+        """Copy an object inside the bucket; above 5 GiB in parts. Raises `ObjectMissing`."""
+        size = await self.size(key)
+        source: Any = {"Bucket": self.bucket, "Key": key}
+        with _s3_errors():
+            if size <= LARGEST_COPY_BYTES:
+                await self._s3.copy_object(Bucket=self.bucket, Key=to, CopySource=source)
+                return
+            async with self._multipart(to, _media_type(to)) as (where, parts):
+                for number, start in enumerate(range(0, size, COPIED_PART_BYTES), 1):
+                    span = f"bytes={start}-{min(start + COPIED_PART_BYTES, size) - 1}"
+                    part = await self._s3.upload_part_copy(
+                        **where, CopySource=source, CopySourceRange=span, PartNumber=number
+                    )
+                    parts.append({"PartNumber": number, "ETag": part["CopyPartResult"]["ETag"]})
+
     async def download(self, key: str, path: Path) -> None:
         """Stream the object into the file `path`, in chunks of 1 MiB. Raises `ObjectMissing`."""
         with _s3_errors():
@@ -151,22 +170,30 @@ class ObjectStore:
                 await self._put(key, body, media_type)
             return
         with _s3_errors():
-            where: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
-            kind = media_type or _media_type(key)
-            created = await self._s3.create_multipart_upload(**where, ContentType=kind)
-            where["UploadId"] = created["UploadId"]
-            try:
-                parts: Any = []
+            async with self._multipart(key, media_type or _media_type(key)) as (where, parts):
                 bodies = _parts(path)
                 number = 0
                 while body := await asyncio.to_thread(next, bodies, b""):
                     number += 1
                     part = await self._s3.upload_part(**where, PartNumber=number, Body=body)
                     parts.append({"PartNumber": number, "ETag": part["ETag"]})
-                await self._s3.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
-            except BaseException:
-                await self._s3.abort_multipart_upload(**where)
-                raise
+
+    @asynccontextmanager
+    async def _multipart(self, key: str, media_type: str) -> AsyncIterator[tuple[dict[str, Any], Any]]:
+        """Give the block what names the upload, and the list that it fills with parts; afterwards the object is there.
+
+        Of an upload that fails no parts stay behind.
+        """
+        where: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
+        created = await self._s3.create_multipart_upload(**where, ContentType=media_type)
+        where["UploadId"] = created["UploadId"]
+        parts: Any = []
+        try:
+            yield where, parts
+            await self._s3.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+        except BaseException:
+            await self._s3.abort_multipart_upload(**where)
+            raise
 
 
 def _media_type(key: str) -> str:

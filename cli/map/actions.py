@@ -13,7 +13,6 @@ import boto3
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from cli.client import Refused, WrongUsage
 from cli.map import build as image
 from services.inference import preflight
 from services.inference.__main__ import bounds_of
@@ -31,6 +30,7 @@ from shared.config import load
 from shared.dicom import silence
 from shared.errors import Unavailable
 from shared.log import setup
+from shared.operations.refused import Refused, WrongUsage
 
 NAME = "map"
 Environ = Mapping[str, str]

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli import show
-from cli.client import Client, Refused, WrongUsage
+from cli.client import Client
 from services.inference.reasons import several
 from services.inference.routing import RoutingTable, read
 from services.inference.settings import InferenceSettings
@@ -22,6 +22,7 @@ from services.ingest.assembly import DEFER_BYTES
 from services.ingest.series import describe
 from shared.config import load
 from shared.dicom import Revision, StoredInstance, is_uid, silence
+from shared.operations.refused import Refused, WrongUsage
 
 
 def route(environ: Mapping[str, str], study: str, maps: str | None) -> dict[str, Any]:

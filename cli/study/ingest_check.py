@@ -22,7 +22,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cli import show
-from cli.client import Refused
 from cli.study.uploads import files
 from services.ingest.answers import Instance
 from services.ingest.decoder import Decoder, Rejected
@@ -34,6 +33,7 @@ from shared.concurrency import all_of, temporary_folder
 from shared.config import load
 from shared.errors import Unavailable
 from shared.messages import Geometry
+from shared.operations.refused import Refused
 
 _SLICES = TypeAdapter(list[Slice])
 

@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cli.client import Client, Refused, Stored
+from cli.client import Client
 from cli.study.uploads import Instance, Upload, instances
 from services.inference.reasons import explained
 from services.inference.records import StudyRouting, result_prefix, study_prefix
 from shared.dicom import Revision, revision_key, series_prefix, stored_instance
+from shared.objects import ObjectSummary
+from shared.operations.refused import Refused
 
 POLL_S = 1.0
 HINT_AFTER_S = 30.0
@@ -260,7 +262,7 @@ class Journey:
         if revision is not None and revision.digest != series.digest:
             series.stage, series.digest, series.maps = "settled", revision.digest, {}
 
-    def _find_missing(self, series: Series, found: Sequence[Stored]) -> None:
+    def _find_missing(self, series: Series, found: Sequence[ObjectSummary]) -> None:
         """Look for each instance that is not stored among the refused ones."""
         stored = {(item.sop_instance_uid, item.sha) for item in map(stored_instance, _keys(found)) if item is not None}
         stored_uids = {sop_instance_uid for sop_instance_uid, _ in stored}
@@ -286,7 +288,7 @@ class Journey:
         if series.expected and series.digest is None:
             series.stage = "stored"
 
-    def _newest_revision(self, series: Series, found: Sequence[Stored]) -> Revision | None:
+    def _newest_revision(self, series: Series, found: Sequence[ObjectSummary]) -> Revision | None:
         """Return the newest revision that holds everything uploaded."""
         expected = {(uid, instance.sha) for uid, instance in series.expected.items()}
         for stored in sorted(found, key=lambda item: item.last_modified, reverse=True):
@@ -407,5 +409,5 @@ def _end_of(results: Iterable[dict[str, Any]]) -> str:
     return "pushed" if "completed" in outcomes else "no_match"
 
 
-def _keys(found: Iterable[Stored]) -> list[str]:
+def _keys(found: Iterable[ObjectSummary]) -> list[str]:
     return [stored.key for stored in found]

@@ -10,13 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from cli import orders
-from cli.client import Client, Refused
+from cli.client import Client
 from cli.main import app
 from cli.study import uploads
 from deploy.local.stack import ROOT
 from services.inference.records import result_prefix
 from shared.dicom import instance_key
 from shared.messages import InferenceRequested, InferenceTask, SeriesRef, TrainingRequested, decode
+from shared.operations.refused import Refused
 from shared.phantom import write_ct_series
 
 
