@@ -96,13 +96,14 @@ class Client:
 
     def stored(self, prefix: str, *, at_most: int | None = None) -> list[ObjectSummary]:
         """Return what is stored under `prefix`, in key order."""
+        return list(islice(self.listing(prefix), at_most))
+
+    def listing(self, prefix: str) -> Iterator[ObjectSummary]:
+        """Yield what is stored under `prefix`, in key order, page by page."""
         with self._explained():
-            pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
-            found = (item for page in pages for item in page.get("Contents", []))
-            return [
-                ObjectSummary(item["Key"], item["Size"], item["LastModified"], item["ETag"])
-                for item in islice(found, at_most)
-            ]
+            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                for item in page.get("Contents", []):
+                    yield ObjectSummary(item["Key"], item["Size"], item["LastModified"], item["ETag"])
 
     def url(self, key: str) -> str:
         """Name the object for people and for other clients."""
@@ -135,11 +136,12 @@ class Client:
 
     # The queues.
 
-    def send(self, event: Event) -> None:
-        """Send an event to the queues of its class."""
+    def send(self, event: Event, *, delay_s: int = 0) -> None:
+        """Send an event to the queues of its class, visible after `delay_s` seconds."""
         for queue in type(event).queues:
             with self._explained():
-                self._sqs.send_message(QueueUrl=self._queue_url(self.queue_names[queue]), MessageBody=event.body())
+                url = self._queue_url(self.queue_names[queue])
+                self._sqs.send_message(QueueUrl=url, MessageBody=event.body(), DelaySeconds=delay_s)
 
     @contextmanager
     def sqs(self) -> Iterator[Any]:

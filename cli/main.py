@@ -298,8 +298,7 @@ def train(
         strategy=strategy,
     )
     client = Client(context.obj)
-    orders.require_same(client, request)
-    orders.require_data(client, request)
+    orders.check(client, request)
     if out:
         out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is better told now than after hours
     training = orders.Training(client, request)
@@ -445,10 +444,8 @@ def redrive(
     """Send the messages of a dead-letter queue back to their queue."""
     from cli import dlq  # noqa: PLC0415
 
-    client = Client(context.obj)
-    moving = dlq.Redrive(client, dlq.place_of(client, queue), reason, at_most, dry_run, show.progress)
-    moving.run()
-    show.json(moving.summary()) if json else show.say(moving.verdict)
+    moved = dlq.redrive(Client(context.obj), queue, reason=reason, at_most=at_most, dry_run=dry_run, tell=show.progress)
+    show.json(moved.summary()) if json else show.say(moved.verdict)
 
 
 app.command("ingest-check")(ingest_check.command)

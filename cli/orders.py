@@ -1,34 +1,30 @@
 """What people ask for: results of a study, a training, a month's report."""
 
+import asyncio
 import json
 import re
 import secrets
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from cli.bridge import Bucket, publish_of
 from cli.client import Client, now
-from cli.study.journey import outcome_of
-from services.inference.records import result_prefix
+from cli.study.journey import outcome
 from services.trainer import config
 from services.trainer.jsconfig import read_config
 from services.trainer.reasons import explained
 from services.trainer.strategy.policy import METRICS
-from shared.dicom import is_uid
 from shared.messages import (
-    EVENT_NAMESPACE,
-    InferenceRequested,
-    InferenceTask,
     Name,
     ReportRequest,
     ReportRequested,
     TrainingRequest,
-    TrainingRequested,
 )
+from shared.operations import studies, trainings
 from shared.operations.refused import Refused, WrongUsage
 
 POLL_S = 1.0
@@ -37,7 +33,6 @@ Found = TypeVar("Found")
 Value = int | float | str | bool
 NAME: TypeAdapter[str] = TypeAdapter(Name)
 CONFIG = Path(config.__file__).with_name("config.js")
-RESULT = re.compile(r"results/[^/]+/(?P<series>[^/]+)/[^/]+/[^/@]+@[^/]+/(result|failure)\.json")
 OF_MODEL = re.compile(
     r"(config|first_config)\.js|(completed|manifest|medigan)\.json|generator\.\w+|card\.md|(curves|interpolation)\.png"
     r"|images\.(\w+\.)?\w+|tensorboard/[\w.]+"
@@ -70,7 +65,8 @@ def fetch_results(client: Client, study_uid: str, out: Path) -> list[dict[str, A
         Refused: the study has no results.
     """
     found = []
-    for (series, name), result in newest_results(client, study_uid).items():
+    for (series, name), ended in asyncio.run(studies.newest(study_uid, objects=Bucket(client))).items():
+        result = outcome(client, ended.key, ended.record)
         folder = out / series / name
         folder.mkdir(parents=True, exist_ok=True)
         if result["outcome"] == "failed":
@@ -85,43 +81,10 @@ def fetch_results(client: Client, study_uid: str, out: Path) -> list[dict[str, A
     return found
 
 
-def newest_results(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return what came last of each MAP on each series of a study, by series (or `study`) and MAP.
-
-    Raises:
-        Refused: the study has no results.
-    """
-    if not is_uid(study_uid):
-        raise WrongUsage(f"{study_uid} is no StudyInstanceUID")
-    newest = _newest(client, study_uid)
-    if not newest:
-        known = "has no results yet" if client.stored(f"studies/{study_uid}/", at_most=1) else "is not known"
-        raise Refused(f"study {study_uid} {known}")
-    return newest
-
-
-def _newest(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any]]:
-    found = sorted(_results(client, study_uid), key=lambda one: _age(client, one[1]))
-    return {(series, result["map"]): result for series, result in found}
-
-
 def retry(client: Client, study_uid: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Ask again for what failed of a study, where nothing came after it, and return those failures.
-
-    The request that failed would only be answered by its failure, so this is another event. It is made of the failed
-    attempt: asked for several times, the MAP runs once.
-
-    Raises:
-        Refused: nothing of the study failed.
-    """
-    failed = {one: told for one, told in newest_results(client, study_uid).items() if told["outcome"] == "failed"}
-    if not failed:
-        raise Refused(f"nothing of study {study_uid} failed")
-    for failure in failed.values():
-        task = InferenceTask.model_validate({name: failure[name] for name in InferenceTask.model_fields})
-        event = InferenceRequested.of(result_prefix(task), task, time=now())
-        client.send(event.model_copy(update={"id": str(uuid.uuid5(EVENT_NAMESPACE, f"retry {failure['attempt']}"))}))
-    return failed
+    """Ask again for what failed of a study, and return those failures. Raises `Refused` where nothing failed."""
+    failed = asyncio.run(studies.retry(study_uid, objects=Bucket(client), publish=publish_of(client), now=now()))
+    return {one: ended.record for one, ended in failed.items()}
 
 
 def wait_retried(
@@ -130,26 +93,14 @@ def wait_retried(
     """Wait until something came after each of these failures, and return that. Raises `Refused` when time is up."""
 
     def came() -> list[dict[str, Any]] | None:
-        newest = _newest(client, study_uid)  # a failure is not there while its MAP runs again
-        found = [newest[one] for one, told in failed.items() if one in newest and newest[one]["time"] > told["time"]]
-        return found if len(found) == len(failed) else None
+        # A failure is not there while its MAP runs again.
+        newest = asyncio.run(studies.newest_of(study_uid, objects=Bucket(client)))
+        later = [
+            newest[one] for one, told in failed.items() if one in newest and newest[one].record["time"] > told["time"]
+        ]
+        return [outcome(client, ended.key, ended.record) for ended in later] if len(later) == len(failed) else None
 
     return until(came, timeout_s, lambda: "it goes on; `radqueue results` tells what comes of it")
-
-
-def _results(client: Client, study_uid: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the part of the key that names the series, and the result or the failure."""
-    found = {stored.key: RESULT.fullmatch(stored.key) for stored in client.stored(f"results/{study_uid}/")}
-    for key, match in found.items():
-        # A failure may stay behind when another request succeeds.
-        mended = key.endswith("/failure.json") and key.replace("/failure.json", "/result.json") in found
-        if match is not None and not mended and (told := outcome_of(client, key)):
-            yield match["series"], told
-
-
-def _age(client: Client, result: dict[str, Any]) -> tuple[str, str]:
-    """Order results by their revisions: one of an older revision may have been finished later."""
-    return _revision(client, result).get("created", ""), result["time"]
 
 
 def _revision(client: Client, result: dict[str, Any]) -> dict[str, Any]:
@@ -251,31 +202,14 @@ def parse_classes(texts: Iterable[str]) -> dict[str, str]:
     return classes
 
 
-def require_data(client: Client, request: TrainingRequest) -> None:
-    """Make sure that there is something to train on, where this machine can tell. Raises `Refused`."""
-    if request.data_uri is not None:
-        return
-    for dataset in request.classes.values() or [request.dataset]:
-        if not client.stored(f"datasets/{dataset}/", at_most=1):
-            raise Refused(f"there is no training data in the dataset {dataset}: upload images to it first")
-
-
-def require_same(client: Client, request: TrainingRequest) -> None:
-    """Make sure that an id which was used before was this very request's. Raises `Refused`."""
-    taken = client.get_json(f"models/{request.request_id}/options.json")
-    if taken is None:
-        return
-    asked, before = request.model_dump(mode="json"), taken["request"]
-    if differing := [name for name, value in asked.items() if name in before and before[name] != value]:
-        raise Refused(
-            f"the request {request.request_id} was made before, with another {', '.join(differing)}: ask as before to "
-            "go on with it, or with another --request-id for a new training"
-        )
-
-
 def send_training(client: Client, request: TrainingRequest) -> None:
     """Send a training request."""
-    client.send(TrainingRequested.of(request.request_id, request, time=now()))
+    asyncio.run(trainings.ask(request, publish=publish_of(client), now=now()))
+
+
+def check(client: Client, request: TrainingRequest) -> None:
+    """Make sure that the request is no other one's, and has data. Raises `Refused`."""
+    asyncio.run(trainings.check(request, objects=Bucket(client)))
 
 
 class Training:
@@ -326,7 +260,7 @@ class Training:
     def look(self) -> None:
         """Bring everything up to date. Raises `Refused` where the id turns out to be another request's."""
         if self.state == "requested":  # somebody else's request of this id may have been there before ours
-            require_same(self._client, self.request)
+            asyncio.run(trainings.require_same(self.request, objects=Bucket(self._client)))
         while (done := self._client.get_json(self._round_key(len(self.rounds) + 1))) is not None:
             self.rounds.append(done["told"])
         self._look_into_the_round()

@@ -320,8 +320,9 @@ class Journey:
             keys += [key for start in given.values() for key in _keys(self._client.stored(start))]
         for name, start in starts.items():
             ended = _ended(keys, start) if name not in series.maps else None
-            if ended is not None and (told := outcome_of(self._client, ended)):
-                series.maps[name] = told
+            # A failure may be gone again: its MAP runs once more.
+            if ended is not None and (record := self._client.get_json(ended)):
+                series.maps[name] = outcome(self._client, ended, record)
         series.stage = _stage_of(series, starts, keys)
 
     def _study_results(self, series: Series) -> dict[str, str] | None:
@@ -359,14 +360,13 @@ class Journey:
         return written is not None and other is not None and written < other
 
 
-def outcome_of(client: Client, key: str) -> dict[str, Any]:
-    """Return what a `result.json` says, or a `failure.json` with `outcome`, `why` and `remedy`, and `log`, a URL.
+def outcome(client: Client, key: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the `record` of a `result.json` as it is; that of a `failure.json` with what people want to know.
 
-    Empty where a failure is gone: its MAP runs again.
-    `log_key` is where what the MAP printed is in the bucket; None where it was not run, or the log is gone.
+    That is `outcome`, `why`, `remedy`, and `log`, a URL. `log_key` is where what the MAP printed is in the bucket; None
+    where it was not run, or the log is gone.
     """
-    record = client.get_json(key) or {}
-    if not record or key.endswith("/result.json"):
+    if key.endswith("/result.json"):
         return record
     prefix = key.rpartition("/")[0]
     # What was pushed, and refused, another attempt may have made.
