@@ -14,10 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from cli.bridge import Bucket, publish_of
 from cli.client import Client, now
 from cli.study.journey import outcome
-from services.trainer import config
-from services.trainer.jsconfig import read_config
-from services.trainer.reasons import explained
-from services.trainer.strategy.policy import METRICS
+from services.trainer.check import fault_of, parameters
+from services.trainer.reasons import METRICS, explained
 from shared.messages import (
     Name,
     ReportRequest,
@@ -32,7 +30,6 @@ TENTHS = 10
 Found = TypeVar("Found")
 Value = int | float | str | bool
 NAME: TypeAdapter[str] = TypeAdapter(Name)
-CONFIG = Path(config.__file__).with_name("config.js")
 OF_MODEL = re.compile(
     r"(config|first_config)\.js|(completed|manifest|medigan)\.json|generator\.\w+|card\.md|(curves|interpolation)\.png"
     r"|images\.(\w+\.)?\w+|tensorboard/[\w.]+"
@@ -171,12 +168,9 @@ def training_request(
 
 def _check_overrides(overrides: dict[str, Value]) -> None:
     """Check them as the trainer will, on top of the shipped config.js. Raises `WrongUsage`."""
-    shipped = read_config(CONFIG.read_text("utf-8"))
-    try:
-        config.TrainingConfig.of(shipped | overrides)
-    except config.InvalidConfig as error:
-        known = ", ".join(f"{name}={json.dumps(value)}" for name, value in shipped.items())
-        raise WrongUsage(f"--set {error}. The parameters and their defaults: {known}") from None
+    if (fault := fault_of(overrides)) is not None:
+        known = ", ".join(f"{name}={json.dumps(value)}" for name, value in parameters().items())
+        raise WrongUsage(f"--set {fault}. The parameters and their defaults: {known}")
 
 
 def parse_override(text: str) -> tuple[str, Value]:

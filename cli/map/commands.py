@@ -50,7 +50,7 @@ def check(
         context.obj,
         source,
         study,
-        serving=actions.serving(isolation, deadline),
+        way=actions.way_of(context.obj, isolation, deadline),
         least=actions.least_of(outputs or []),
         log=log,
         say=show.progress,
@@ -85,8 +85,8 @@ def run(
     """Run a MAP on one study, as the worker does; exit code 1 where it failed."""
     from cli.map import actions  # noqa: PLC0415
 
-    serving = actions.serving(isolation, deadline)
-    told = actions.run(context.obj, source, study, output, serving=serving, log=log, python=python, models=models)
+    way = actions.way_of(context.obj, isolation, deadline)
+    told = actions.run(context.obj, source, study, output, way=way, log=log, python=python, models=models)
     if json:
         show.json(told)
     else:

@@ -14,9 +14,10 @@ from services.inference.handler import infer, route
 from services.inference.package.engine import Engine
 from services.inference.records import result_prefix
 from services.inference.routing import Target
+from services.inference.serving.bounds import bounds_of, serving_of
 from services.inference.serving.gpus import Share
-from services.inference.serving.runner import Bounds, MapRunner, WorkerUnfit
-from services.inference.serving.versions import Fleet, Place, Sources, serving_of
+from services.inference.serving.runner import MapRunner, WorkerUnfit
+from services.inference.serving.versions import Fleet, Place, Sources
 from services.inference.settings import InferenceSettings
 from services.inference.targets.archive import (
     NEEDED,
@@ -118,19 +119,6 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
             await runner.stop()
     if runner.unfit is not None:
         raise runner.unfit
-
-
-def bounds_of(settings: InferenceSettings, gpus: tuple[str, ...] = ()) -> Bounds:
-    """Return what every MAP of this worker may use."""
-    return Bounds(
-        deadline_s=settings.deadline_s,
-        start_deadline_s=settings.start_deadline_s,
-        recycle_after=settings.recycle_after,
-        growth_bytes=settings.map_growth_bytes,
-        memory_bytes=settings.map_memory_bytes,
-        processes=settings.map_processes,
-        gpus=gpus,
-    )
 
 
 def in_turn(handle_request: Callable[[InferenceRequested], Awaitable[None]], stop: asyncio.Event) -> Handler:

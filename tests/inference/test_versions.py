@@ -18,9 +18,10 @@ from services.inference.__main__ import open_ecr, serve
 from services.inference.package.engine import Inspected
 from services.inference.package.manifests import Needs
 from services.inference.serving import gpus
+from services.inference.serving.bounds import serving_of
 from services.inference.serving.gpus import MIB, Gpu, Share
 from services.inference.serving.runner import MapRunner, Run, Study
-from services.inference.serving.versions import Fleet, Place, Rejection, Served, Sources, serving_of
+from services.inference.serving.versions import Fleet, Place, Rejection, Served, Sources
 from services.inference.settings import InferenceSettings
 from shared.child import ChildFailed
 from shared.config import Misconfigured

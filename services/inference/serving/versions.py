@@ -38,8 +38,9 @@ from services.inference.package.engine import Engine, ecr_authorization, ecr_of,
 from services.inference.package.maps import Map, files_of, is_image, load
 from services.inference.records import Frozen
 from services.inference.routing import Route, RoutingTable, read
+from services.inference.serving.bounds import serving_of
 from services.inference.serving.gpus import Share
-from services.inference.serving.runner import MapRunner, Run, Serving, Study
+from services.inference.serving.runner import MapRunner, Run, Study
 from services.inference.targets.archive import Archives
 from shared import metrics as declared
 from shared.aws_errors import answering
@@ -478,11 +479,6 @@ class Fleet:
             since=served.since,
         )
         await self.publish(MapUpdated.of(route.name, told, time=served.since or self.clock()))
-
-
-def serving_of(route: Route) -> Serving:
-    """Return how a MAP is to be run, as `maps.yaml` says it."""
-    return Serving(isolation=route.isolation, deadline_s=route.deadline_s)
 
 
 def _same_program(one: Route, other: Route) -> bool:
