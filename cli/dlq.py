@@ -1,20 +1,55 @@
-"""`radqueue dlq list` and `redrive`: the dead-letter queues, for people.
+"""`radqueue dlq list` and `redrive`: the dead-letter queues, shown to people and sent back to work.
 
 IAM, beyond `cli/client.py`: see `shared/operations/dead_letters.py`.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cli import show
 from cli.bridge import sqs_of
 from cli.client import QUEUES, Client
+from cli.options import Json
 from shared.config import Misconfigured
 from shared.operations import dead_letters
 from shared.operations.dead_letters import Place, Redrive
+
+app = typer.Typer(no_args_is_help=True, help="What could not be handled, and why.")
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    queue: Annotated[str | None, typer.Argument(help="ingest, inference, training or reporting; all, without.")] = None,
+    *,
+    json: Json = False,
+) -> None:
+    """Show what is in the dead-letter queues, by reason; everything stays there."""
+    found = listed(Client(context.obj), [queue] if queue else QUEUES)
+    if json:
+        show.json({"queues": found})
+        return
+    for one in found:
+        show.out.print(table(one) if one["reasons"] else f"{one['dead_letter_queue']}: no messages")
+
+
+def redrive(
+    context: typer.Context,
+    *,
+    queue: Annotated[str, typer.Argument(help="ingest, inference, training or reporting.")],
+    reason: Annotated[str | None, typer.Option(help="Only messages with this reason.")] = None,
+    at_most: Annotated[int | None, typer.Option("--max", min=1, help="Move no more than this many.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be moved, and move nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Send the messages of a dead-letter queue back to their queue."""
+    moved = moved_back(Client(context.obj), queue, reason=reason, at_most=at_most, dry_run=dry_run, tell=show.progress)
+    show.json(moved.summary()) if json else show.say(moved.verdict)
 
 
 def listed(client: Client, roles: Sequence[str]) -> list[dict[str, Any]]:
@@ -27,7 +62,7 @@ def listed(client: Client, roles: Sequence[str]) -> list[dict[str, Any]]:
     return asyncio.run(one_by_one())
 
 
-def redrive(
+def moved_back(
     client: Client, role: str, *, reason: str | None, at_most: int | None, dry_run: bool, tell: Callable[[str], None]
 ) -> Redrive:
     """Send the dead letters of a queue back to it, and return what became of them. Raises `Refused`."""

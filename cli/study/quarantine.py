@@ -11,15 +11,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cli import orders, show
+from cli import names, show
 from cli.bridge import Bucket
 from cli.client import Client, now
+from cli.options import Json
 from services.ingest.reasons import REASONS
 from shared.operations.quarantine import SHORT, Refusal, chosen, release
 from shared.operations.refused import Refused, WrongUsage
 
 app = typer.Typer(no_args_is_help=True, help="What was uploaded and refused.")
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
 Hashes = Annotated[list[str], typer.Argument(help="Beginnings of hashes, as `list` shows them.", show_default=False)]
@@ -82,7 +82,7 @@ def release_(
     if bool(hashes) == (reason is not None):
         raise WrongUsage("name hashes, or a reason with --reason")
     client = Client(context.obj)
-    to = None if dataset is None else orders.name(dataset)
+    to = None if dataset is None else names.name(dataset)
     reason = _known_reason(reason)
     given, gone = asyncio.run(_released(hashes or [], reason, to, objects=Bucket(client)))
     if json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cli.client import Client
-from cli.orders import name
+from cli.names import name
 from shared.operations.refused import Refused, WrongUsage
 
 if TYPE_CHECKING:

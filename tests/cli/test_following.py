@@ -7,9 +7,10 @@ import pytest
 
 from cli import show
 from cli.client import Client
-from cli.orders import Training, training_request
 from cli.study.journey import Journey
 from cli.study.uploads import collect, instances
+from cli.training.following import Training
+from cli.training.requests import training_request
 from services.inference.reasons import REASONS
 from services.inference.records import result_prefix
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key
