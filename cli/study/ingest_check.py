@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cli import show
+from cli.options import Json
 from cli.study.uploads import files
 from services.ingest.check import Check, SeriesVerdict, check
 from services.ingest.reasons import REASONS, WARNINGS
@@ -34,7 +35,7 @@ def command(
             help="A folder of DICOM files and zips, without its hidden files, or one file.", show_default=False
         ),
     ],
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    json: Json = False,
 ) -> None:
     """Read every file as ingest would, here and without AWS, and tell what it would take and what it would refuse.
 

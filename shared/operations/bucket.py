@@ -1,9 +1,10 @@
 """What the operations need of the bucket: `ObjectStore` has it, and the command line's own client, too."""
 
+import json
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Any, Protocol
 
-from shared.objects import ObjectSummary
+from shared.objects import ObjectMissing, ObjectSummary
 
 
 class Bucket(Protocol):
@@ -20,3 +21,12 @@ class Bucket(Protocol):
 
     def list(self, prefix: str) -> AsyncIterator[ObjectSummary]:
         """Yield every object whose key starts with `prefix`, in key order."""
+
+
+async def document(key: str, *, objects: Bucket) -> dict[str, Any] | None:
+    """Return the JSON object under `key`, or None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(await objects.get(key))
+    except ObjectMissing:
+        return None
+    return found

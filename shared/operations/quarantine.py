@@ -14,10 +14,9 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from shared.objects import ObjectMissing
-from shared.operations.bucket import Bucket
+from shared.operations.bucket import Bucket, document
 from shared.operations.refused import Refused, WrongUsage
 
 PREFIX = "quarantine/"
@@ -81,11 +80,11 @@ async def _refusals(prefix: str, *, objects: Bucket) -> AsyncIterator[Refusal]:
         sha256, _, name = key.removeprefix(PREFIX).partition("/")
         if name != "reason.json":
             continue
-        reason = await _json(key, objects=objects)
+        reason = await document(key, objects=objects)
         if reason is None:
             continue
         releasing = f"{PREFIX}{sha256}/released.json"
-        answered = await _json(releasing, objects=objects) if releasing in sizes else None
+        answered = await document(releasing, objects=objects) if releasing in sizes else None
         yield Refusal(
             sha256=sha256,
             reason_code=reason["reason_code"],
@@ -106,7 +105,7 @@ async def release(refusal: Refusal, *, dataset: str | None = None, objects: Buck
     """
     source = refusal.key if refusal.bytes is not None else await _uploaded(refusal, objects=objects)
     to = f"incoming/{dataset or refusal.dataset}/released/{refusal.sha256}"
-    reason = await _json(f"{PREFIX}{refusal.sha256}/reason.json", objects=objects)
+    reason = await document(f"{PREFIX}{refusal.sha256}/reason.json", objects=objects)
     answer = {"time": now.isoformat(), "reason": reason}
     # Before the copy: a refusal that comes of it is younger, and no answer to it is there.
     await objects.put(f"{PREFIX}{refusal.sha256}/released.json", json.dumps(answer, indent=1).encode())
@@ -123,11 +122,3 @@ async def _uploaded(refusal: Refusal, *, objects: Bucket) -> str:
         if hashlib.sha256(stored.key.encode()).hexdigest() == refusal.upload_key_sha256:
             return stored.key
     raise Refused(f"the object {refusal.sha256[:SHORT]} stayed where it was uploaded, and is gone from there")
-
-
-async def _json(key: str, *, objects: Bucket) -> dict[str, Any] | None:
-    try:
-        document: dict[str, Any] = json.loads(await objects.get(key))
-    except ObjectMissing:
-        return None
-    return document

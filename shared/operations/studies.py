@@ -3,7 +3,6 @@
 IAM: s3:ListBucket and s3:GetObject on the bucket; sqs:GetQueueUrl and sqs:SendMessage on the inference queue.
 """
 
-import json
 import re
 import uuid
 from collections.abc import AsyncIterator
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.dicom import is_uid
 from shared.messages import EVENT_NAMESPACE, InferenceRequested, InferenceTask
-from shared.objects import ObjectMissing
-from shared.operations.bucket import Bucket
+from shared.operations.bucket import Bucket, document
 from shared.operations.refused import Refused, WrongUsage
 
 if TYPE_CHECKING:
@@ -102,20 +100,12 @@ async def _ended(study_uid: str, *, objects: Bucket) -> AsyncIterator[Ended]:
         # A failure may stay behind when another request succeeds.
         if match is None or (match["ending"] == "failure" and f"{match[1]}result.json" in found):
             continue
-        record = await _json(key, objects=objects)
+        record = await document(key, objects=objects)
         if record is not None:
             yield Ended(key, match["series"], record)
 
 
 async def _age(ended: Ended, *, objects: Bucket) -> tuple[str, str]:
     """Order results by their revisions: one of an older revision may have been finished later."""
-    revision = await _json(ended.record["inputs"][0]["revision_key"], objects=objects) or {}
+    revision = await document(ended.record["inputs"][0]["revision_key"], objects=objects) or {}
     return revision.get("created", ""), ended.record["time"]
-
-
-async def _json(key: str, *, objects: Bucket) -> dict[str, Any] | None:
-    try:
-        document: dict[str, Any] = json.loads(await objects.get(key))
-    except ObjectMissing:
-        return None
-    return document

@@ -3,13 +3,11 @@
 IAM: s3:ListBucket and s3:GetObject on the bucket; sqs:GetQueueUrl and sqs:SendMessage on the training queue.
 """
 
-import json
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from shared.messages import TrainingRequest, TrainingRequested
-from shared.objects import ObjectMissing
-from shared.operations.bucket import Bucket
+from shared.operations.bucket import Bucket, document
 from shared.operations.refused import Refused
 
 if TYPE_CHECKING:
@@ -28,9 +26,8 @@ async def check(request: TrainingRequest, *, objects: Bucket) -> None:
 
 async def require_same(request: TrainingRequest, *, objects: Bucket) -> None:
     """Make sure that an id which was used before was this very request's. Raises `Refused`."""
-    try:
-        taken = json.loads(await objects.get(f"models/{request.request_id}/options.json"))
-    except ObjectMissing:
+    taken = await document(f"models/{request.request_id}/options.json", objects=objects)
+    if taken is None:
         return
     asked, before = request.model_dump(mode="json"), taken["request"]
     if differing := [name for name, value in asked.items() if name in before and before[name] != value]:
