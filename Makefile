@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench chaos
+.PHONY: setup demo test lint docs bench chaos
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml deploy/constraints.txt deploy/setup
@@ -20,6 +20,9 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python -m tests.docs
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
