@@ -3,22 +3,18 @@
 A page has each of them between two comments, `<!-- generated: NAME -->` and `<!-- /generated -->`.
 """
 
+import configparser
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
+from tests.docs import events
+from tests.docs.markdown import DOCS, ROOT, pages, table
+
 BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>\w+) -->\n)(.*?)(?P<end><!-- /generated -->)", re.DOTALL)
 DECISION = re.compile(r"# (?P<number>\d+)\. (?P<title>.+)\n\n(?P<date>\d{4}-\d\d-\d\d), (?P<status>.+)\.\n")
-STATUS = re.compile(r"accepted|superseded by \d+")
-
-
-def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table in Markdown."""
-    titles = tuple(titles)
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+MOST_NAMED = 6
+"""Modules that an import rule names one by one."""
 
 
 def decisions() -> str:
@@ -34,19 +30,42 @@ def decisions() -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"decisions": decisions}
+def imports() -> str:
+    """Return the import rules, from `.importlinter`."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / ".importlinter")
+    contracts = [config[name] for name in config.sections() if name.startswith("importlinter:contract:")]
+    return "".join(f"- {one['name']}: {_rule(one)}.\n" for one in contracts)
 
 
-def regenerated(page: str) -> str:
-    """Return a page with its generated blocks made anew."""
-    return BLOCK.sub(lambda found: f"{found['begin']}\n{BLOCKS[found['name']]()}\n{found['end']}", page)
+def _rule(contract: configparser.SectionProxy) -> str:
+    if contract["type"] == "layers":
+        return " > ".join(re.sub(r"(\w+)", r"`\1`", layer) for layer in contract["layers"].split("\n")[1:])
+    if contract["type"] == "independence":
+        return _named(contract["modules"])
+    return f"{_named(contract['source_modules'])} must not import {_named(contract['forbidden_modules'])}"
+
+
+def _named(modules: str) -> str:
+    names = modules.split()
+    return ", ".join(f"`{name}`" for name in names) if len(names) <= MOST_NAMED else f"{len(names)} modules"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "decisions": decisions,
+    "imports": imports,
+    "messages": events.messages,
+    "queues": events.queues,
+    "reference": events.reference,
+    "parts": events.parts,
+}
 
 
 def files() -> dict[Path, str]:
     """Return everything that is made from the code, as it is to be."""
-    return {page: regenerated(page.read_text()) for page in pages()}
+    made = {page: BLOCK.sub(_regenerated, page.read_text()) for page in pages()}
+    return made | {DOCS / "asyncapi.yaml": events.asyncapi()}
 
 
-def pages() -> list[Path]:
-    """Return every page of the documentation."""
-    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+def _regenerated(found: re.Match[str]) -> str:
+    return f"{found['begin']}\n{BLOCKS[found['name']]()}\n{found['end']}"
