@@ -24,7 +24,7 @@ What is guaranteed:
 - Whoever dies holds up the others for `lease_s` at most, and for as much longer as their clocks are behind.
 
 What is not: that work runs once, or on one machine at a time. A lease can be lost: an owner that is suspended past its
-end cannot know, and a write of its that was under way arrives later; clocks that differ let the others begin earlier.
+end cannot know, and a write that was under way arrives later; clocks that differ let the others begin earlier.
 So the lease saves work, and correctness rests on the record. What a handler must do:
 - Store everything else under keys that bear repetition: the same bytes again, or a name that holds the epoch or the
   attempt.
