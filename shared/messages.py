@@ -96,20 +96,25 @@ class SettlingSeries(_Frozen):
     """A series that receives instances; it is looked at when this message becomes visible."""
 
     dataset: Name
+    """The dataset that the instances were uploaded into."""
     study_uid: Uid
     series_uid: Uid
     bucket: str
     """The time bucket whose marker guards this message."""
     first_seen: Time
+    """When the first message of the bucket was sent."""
 
 
 class ReadySeries(SeriesRef):
     """A stable series: no more instances are expected."""
 
     dataset: Name
+    """The dataset that the series was uploaded into."""
     n_instances: int
     modality: str | None = None
+    """The Modality of the series, such as `CT`."""
     warnings: tuple[str, ...] = ()
+    """What was noticed, by the codes of docs/ingest.md."""
     array_key: str | None = None
     """Key of the training array; left out if there is none, or if it must not be linked with the series."""
     supersedes: Digest | None = None
@@ -124,6 +129,7 @@ class RejectedUpload(_Frozen):
     """An uploaded object, or a member of a zip, that was refused."""
 
     dataset: Name
+    """The dataset that it was uploaded into."""
     upload_key_sha256: str
     """Hash of the upload's key, which itself may hold a name."""
     object_sha256: str
@@ -138,8 +144,11 @@ class InferenceTask(_Frozen):
     """One MAP to run over one or more series of a study."""
 
     map: Name
+    """Name of the MAP in the routing table."""
     map_digest: Digest
+    """Digest of its version."""
     inputs: tuple[SeriesRef, ...] = Field(min_length=1)
+    """The revisions that it is given."""
 
 
 class SettlingStudy(_Frozen):
@@ -149,12 +158,14 @@ class SettlingStudy(_Frozen):
     bucket: str
     """The time bucket whose marker guards this message."""
     first_seen: Time
+    """When the first message of the bucket was sent."""
 
 
 class SkippedInference(SeriesRef):
     """A revision that no MAP runs on."""
 
     modality: str | None = None
+    """The Modality of the series, such as `CT`."""
     reason_code: str
     """`no_route`: the revision's attributes meet no MAP's conditions."""
 
@@ -166,6 +177,7 @@ class InferenceOutput(_Frozen):
     sop_instance_uid: Uid
     series_uid: Uid
     key: str
+    """Where it is in the bucket."""
     image_set_id: str | None = None
     """The image set that holds it, if the target is HealthImaging."""
 
@@ -174,6 +186,7 @@ class OutputFile(_Frozen):
     """A file that a MAP made and that is not DICOM: it stays in S3."""
 
     key: str
+    """Where it is in the bucket."""
     media_type: str
     n_bytes: int
 
@@ -183,6 +196,7 @@ class CompletedInference(InferenceTask):
 
     outcome: Literal["completed", "no_matching_series"]
     result_key: str
+    """Key of the document that has the whole result."""
     outputs: tuple[InferenceOutput, ...] = ()
     """The first outputs: a message holds 1 MiB. All are in the object under `result_key`."""
     n_outputs: int = 0
@@ -201,6 +215,7 @@ class FailedInference(InferenceTask):
     """A MAP that could not do its work."""
 
     attempt: str
+    """Name of the run that failed."""
     reason_code: str
     """One of the codes of services/inference/reasons.py."""
     failure_key: str
@@ -213,8 +228,11 @@ class UpdatedMap(_Frozen):
     """A new version of a MAP, which serves from now on."""
 
     map: Name
+    """Name of the MAP in the routing table."""
     map_digest: Digest
+    """Digest of the new version."""
     source: str
+    """Where the version came from: a folder, or an image with its digest."""
     previous_digest: Digest | None = None
     """The version that served before; left out for a MAP that is new."""
     since: AwareDatetime | None = None
@@ -225,9 +243,13 @@ class RejectedMap(_Frozen):
     """A new version of a MAP that failed its trial; the one that served before goes on."""
 
     map: Name
+    """Name of the MAP in the routing table."""
     map_digest: Digest
+    """Digest of the new version."""
     source: str
+    """Where the version came from: a folder, or an image with its digest."""
     reason_code: str
+    """One of the codes of services/inference/reasons.py."""
     serving_digest: Digest | None = None
     """The version that serves; left out if there was none before."""
     since: AwareDatetime | None = None
@@ -262,7 +284,7 @@ class TrainingRequest(_Frozen):
 
 
 class Quality(_Frozen):
-    """How one set of images compares with the held-out real ones, in the space of the evaluation."""
+    """How one set of images compares with the held-out real ones; docs/metrics.md says what each number means."""
 
     kid: float
     """Kernel distance (KID), unbiased; around zero for images of the same distribution."""
@@ -279,7 +301,9 @@ class Memorisation(_Frozen):
     """Whether generated images are copies of training images: a nearest-neighbour test against held-out real ones."""
 
     n: int
+    """How many generated images were judged."""
     n_held_out: int
+    """How many held-out images the limits come from."""
     copied_share: float
     """Share of images that are nearer to a training image than 99 % of the held-out ones are."""
     far_nearer_share: float
@@ -294,9 +318,11 @@ class Evaluation(_Frozen):
     metric: str
     """`FD` in a named feature space; `FID` only with Inception features."""
     space: str
+    """Name of the feature space, see docs/metrics.md."""
     n: int
     """Images on each side of the comparison."""
     distance: float
+    """Distance of the generated images from the held-out real ones."""
     floor: float
     """Distance between two disjoint sets of real images, of the same n."""
     relative_fd: float
@@ -306,6 +332,7 @@ class Evaluation(_Frozen):
     real_quality: Quality | None = None
     """Quality of other real images by the same reference: what can be reached."""
     memorisation: Memorisation | None = None
+    """The test for copies of training images."""
     warnings: tuple[str, ...] = ()
     """`few_images`; `…_disagrees`, a number that contradicts the distance; `copies`."""
 
@@ -321,7 +348,9 @@ class TrainingRound(_Frozen):
     request_id: Name
     dataset: Name
     round: int
+    """Number of the round, from 1."""
     steps: int
+    """Steps that the round trained."""
     rule: str = ""
     """Why the parameters were chosen, see services/trainer/strategy/policy.py."""
     evaluation: Evaluation
@@ -329,8 +358,11 @@ class TrainingRound(_Frozen):
     why_not: str = ""
     """Why the model is not approved, in words."""
     config: dict[str, int | float | str | bool]
+    """The parameters of config.js that the round used."""
     config_key: str
+    """Key of the round's config.js."""
     duration_s: float
+    """Seconds of training and evaluation."""
 
 
 class CompletedTraining(_Frozen):
@@ -342,12 +374,17 @@ class CompletedTraining(_Frozen):
     why_not: str = ""
     """Why the best model is not approved, in words."""
     rounds: int
+    """How many rounds there were."""
     evaluation: Evaluation
+    """The evaluation of the best round."""
     config: dict[str, int | float | str | bool]
+    """The parameters of config.js of the best round."""
     generator_key: str
+    """Key of the generator's weights."""
     images_key: str
-    """A PNG grid of generated images."""
+    """Key of a PNG grid of generated images."""
     images_array_key: str
+    """Key of the generated images as an array."""
 
 
 class FailedTraining(_Frozen):

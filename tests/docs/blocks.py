@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.docs import events
+from tests.docs.layout import LAYOUT
 from tests.docs.markdown import DOCS, ROOT, pages, table
 
 BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>\w+) -->\n)(.*?)(?P<end><!-- /generated -->)", re.DOTALL)
@@ -28,6 +29,11 @@ def decisions() -> str:
             if head is not None
         ),
     )
+
+
+def layout() -> str:
+    """Return the table of the bucket's keys."""
+    return table(("key", "what it is", "written by"), ((f"`{one.pattern}`", one.holds, one.writer) for one in LAYOUT))
 
 
 def imports() -> str:
@@ -53,6 +59,7 @@ def _named(modules: str) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "decisions": decisions,
+    "layout": layout,
     "imports": imports,
     "messages": events.messages,
     "queues": events.queues,
