@@ -9,10 +9,10 @@ import shlex
 import signal
 import sys
 import tempfile
-import tomllib
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Never
@@ -26,7 +26,7 @@ from cli.map import commands
 from cli.study import ingest_check, quarantine
 from cli.training.generate import Format, opened
 from cli.training.generate import generate as generated
-from deploy.local.stack import ROOT, SERVICES, Stack, StackFailed, StackMisconfigured, read_env
+from deploy.local.stack import SERVICES, Stack, StackFailed, StackMisconfigured, read_env
 from services.inference.reasons import several
 from shared.config import Misconfigured
 
@@ -74,7 +74,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 def _version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
     if asked:
-        show.say(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"])
+        show.say(version("radqueue"))
         raise typer.Exit
 
 

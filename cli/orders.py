@@ -35,7 +35,6 @@ TENTHS = 10
 Found = TypeVar("Found")
 Value = int | float | str | bool
 NAME: TypeAdapter[str] = TypeAdapter(Name)
-CONFIG = Path(config.__file__).with_name("config.js")
 RESULT = re.compile(r"results/[^/]+/(?P<series>[^/]+)/[^/]+/[^/@]+@[^/]+/(result|failure)\.json")
 OF_MODEL = re.compile(
     r"(config|first_config)\.js|(completed|manifest|medigan)\.json|generator\.\w+|card\.md|(curves|interpolation)\.png"
@@ -219,7 +218,7 @@ def training_request(
 
 def _check_overrides(overrides: dict[str, Value]) -> None:
     """Check them as the trainer will, on top of the shipped config.js. Raises `WrongUsage`."""
-    shipped = read_config(CONFIG.read_text("utf-8"))
+    shipped = read_config(config.DEFAULT_CONFIG.read_text("utf-8"))
     try:
         config.TrainingConfig.of(shipped | overrides)
     except config.InvalidConfig as error:

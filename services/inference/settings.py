@@ -1,7 +1,7 @@
 """The settings of the inference worker, each read once from the environment."""
 
 import shlex
-from pathlib import Path
+from importlib.resources import files
 
 from pydantic import Field, SecretStr
 
@@ -14,7 +14,7 @@ class InferenceSettings(ServiceSettings):
 
     slots: int = Field(default=3, ge=1, le=100)
     """Messages handled at the same time; one computes, the others download and push."""
-    maps_file: str = str(Path(__file__).parents[2] / "maps" / "maps.yaml")
+    maps_file: str = str(files("maps") / "maps.yaml")
     """The routing table: which MAP runs on which series. A file, or s3://bucket/key; read again when it changes."""
     maps_look_s: float = Field(default=5, gt=0)
     """Seconds between two looks at the routing table."""

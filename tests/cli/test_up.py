@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.stack import ROOT, Stack, StackFailed, read_env
+from deploy.local.stack import LEASH, Stack, StackFailed, read_env
 
 WAIT_S = 60
 
@@ -138,7 +138,7 @@ def test_a_leash_whose_parent_died_before_it_does_not_start_the_program():
     """A parent that is gone already cannot die again, so the signal would never come."""
     program = [
         sys.executable,
-        f"{ROOT}/deploy/local/leash.py",
+        LEASH,
         "1",
         sys.executable,
         "-c",
