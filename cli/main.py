@@ -64,7 +64,6 @@ def _end(why: str, code: int) -> Never:
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Uploaded medical images become AI results, training requests become evaluated models.",
     epilog=EXIT_CODES,
