@@ -51,6 +51,8 @@ ONE_MACHINE = {
     "RADQUEUE_METRICS_FLUSH_S": "5",
 }
 """Settings of the services that suit one person at one machine; the user's own environment wins over them."""
+PATH_SETTINGS = ("_FILE", "_DIR", "_URI")
+"""How the names of settings end that may be paths; an address, s3://…, is none."""
 
 Say = Callable[[str], None]
 
@@ -383,8 +385,9 @@ def read_env(path: Path) -> dict[str, str]:
 
 def _user_paths(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the settings that name files, as absolute paths: the services run in the folder of their logs."""
-    paths = {name: value for name, value in environ.items() if name.startswith("RADQUEUE_")}
-    return {name: str(Path(value).absolute()) for name, value in paths.items() if name.endswith(("_FILE", "_DIR"))}
+    named = {name: value for name, value in environ.items() if name.startswith("RADQUEUE_")}
+    paths = {name: value for name, value in named.items() if name.endswith(PATH_SETTINGS) and "://" not in value}
+    return {name: str(Path(value).absolute()) for name, value in paths.items() if value}
 
 
 def _without_aws(environ: Mapping[str, str]) -> dict[str, str]:
