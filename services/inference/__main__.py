@@ -14,20 +14,16 @@ from services.inference import stable_studies
 from services.inference.handler import infer, route
 from services.inference.package.engine import Engine
 from services.inference.records import result_prefix
-from services.inference.routing import Target
+from services.inference.routing import TargetName
 from services.inference.serving.gpus import Share
 from services.inference.serving.runner import Bounds, MapRunner, WorkerUnfit
 from services.inference.serving.versions import Fleet, Place, Sources, serving_of
 from services.inference.settings import InferenceSettings
-from services.inference.targets.archive import (
-    NEEDED,
-    Archive,
-    Archives,
-    DicomWebArchive,
-    HealthImaging,
-    ImportJobs,
-    S3Only,
-)
+from services.inference.targets.dicomweb import DicomWebTarget
+from services.inference.targets.healthimaging import HealthImaging
+from services.inference.targets.import_job import ImportJobs
+from services.inference.targets.s3_only import S3Only
+from services.inference.targets.target import NEEDED, Target, Targets
 from shared.aws import Aws
 from shared.concurrency import KeyedLocks
 from shared.config import Misconfigured
@@ -75,12 +71,12 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
 
     allowed = [one.strip() for one in settings.gpus.split(",") if one.strip()]
     async with AsyncExitStack() as stack:
-        archives = await stack.enter_async_context(open_archives(settings, aws, objects))
+        targets = await stack.enter_async_context(open_targets(settings, aws, objects))
         engine = partial(Engine.find, settings.container_engine, settings.engine_arguments)
         table = Place(settings.maps_file, aws.s3)
         sources = Sources(table.folder, partial(open_ecr, aws), engine, table.file)
         gpus = stack.enter_context(closing(Share(settings.work_dir / "gpus", allowed)))
-        fleet = Fleet(table, sources, archives, objects, publish, metrics, clock, gpus)
+        fleet = Fleet(table, sources, targets, objects, publish, metrics, clock, gpus)
         await fleet.begin()
         maps = fleet.maps
         await gpus.wait_for(found.map.needs for found in maps.values())
@@ -95,7 +91,7 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
             publish=publish,
             maps=maps,
             runner=runner,
-            archives=archives,
+            targets=targets,
             clock=clock,
             # A held message stays hidden for half of its visibility timeout at least: the claim of a worker that was
             # killed ends first.
@@ -169,30 +165,30 @@ async def kept_current(
 
 
 @asynccontextmanager
-async def open_archives(settings: InferenceSettings, aws: Aws, objects: ObjectStore) -> AsyncIterator[Archives]:
-    """Open the archives that the settings name.
+async def open_targets(settings: InferenceSettings, aws: Aws, objects: ObjectStore) -> AsyncIterator[Targets]:
+    """Open the targets that the settings name.
 
     Raises:
         Misconfigured: the one that takes results by default is not named, or the data store does not answer.
     """
     default = settings.push_to or ("dicomweb" if settings.dicomweb_url else "healthimaging")
     async with aiohttp.ClientSession() as session:
-        by_target: dict[Target, Archive] = {"s3": S3Only()}
+        by_name: dict[TargetName, Target] = {"s3": S3Only()}
         if settings.dicomweb_url:
             web = DicomWeb(settings.dicomweb_url, session=session, auth=_dicomweb_auth(settings))
-            by_target["dicomweb"] = DicomWebArchive(web)
+            by_name["dicomweb"] = DicomWebTarget(web)
         if settings.datastore_id:
             await _datastore_answers(settings, aws)
             url = base_url(endpoint_url=aws.endpoint_url, region=aws.region, datastore_id=settings.datastore_id)
             web = DicomWeb(url, session=session, auth=SigV4(aws.credentials, aws.region))
             place = aws.medical_imaging, settings.datastore_id
-            by_target["healthimaging"] = HealthImaging(web, *place)
+            by_name["healthimaging"] = HealthImaging(web, *place)
             if settings.import_role_arn:
                 imports = ImportJobs(web, *place, objects=objects, role_arn=settings.import_role_arn)
-                by_target["healthimaging-import"] = imports
-        if default not in by_target:
+                by_name["healthimaging-import"] = imports
+        if default not in by_name:
             raise Misconfigured(f"{NEEDED[default]}: not set. {default} takes the results, as RADQUEUE_PUSH_TO has it.")
-        yield Archives(by_target, default, originals=settings.push_originals)
+        yield Targets(by_name, default, originals=settings.push_originals)
 
 
 def _dicomweb_auth(settings: InferenceSettings) -> Auth | None:

@@ -1,4 +1,4 @@
-"""The two journeys of the inference worker: a settled series to its MAPs, and one MAP to one result in the archive."""
+"""The two journeys of the inference worker: a settled series to its MAPs, and one MAP to one result at its target."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ from services.inference.records import (
 from services.inference.routing import Route
 from services.inference.serving.runner import LOG_TAIL_BYTES, MapRunner, Run, Study
 from services.inference.serving.versions import InstalledMap
-from services.inference.targets.archive import Archive, Archives, Instance, PushRejected
+from services.inference.targets.target import Instance, PushRejected, Target, Targets
 from shared.concurrency import all_of, temporary_folder
 from shared.dicom import Revision, revision_key, series_prefix
 from shared.errors import Unavailable, Unprocessable
@@ -120,11 +120,11 @@ async def infer(
     publish: Publish,
     maps: Mapping[str, InstalledMap],
     runner: MapRunner,
-    archives: Archives,
+    targets: Targets,
     clock: Clock,
     lease_s: float,
 ) -> None:
-    """Turn one request into one result in the archive, and announce it.
+    """Turn one request into one result at its target, and announce it.
 
     Any number of workers may do this at the same time, and be killed anywhere: MAPs draw random UIDs, so each attempt
     makes other files, but the first `outputs.json` decides whose files are the result, and everyone pushes those.
@@ -137,7 +137,7 @@ async def infer(
     Raises:
         Unprocessable: `revision_missing`, `instance_missing`, `invalid_revision`, `invalid_record`.
         Claimed, Continue: another worker computes it.
-        Unavailable: S3, SQS or the archive does not answer, the MAP's process cannot be started, or this worker does
+        Unavailable: S3, SQS or the target does not answer, the MAP's process cannot be started, or this worker does
             not have the MAP, which in a rolling deployment another one has.
     """
     task = requested.data
@@ -194,10 +194,10 @@ async def infer(
 
             # Push the winner's instances, which may be another attempt's; of de-identified series they stay in S3.
             # Where to, only the MAP's route says.
-            archive, originals = await _archive(task, archives, _installed(task, served).route, objects)
+            target, originals = await _target(task, targets, _installed(task, served).route, objects)
             if originals:
-                await _push_originals(task, pushing, objects=objects, archive=archive)
-            pushed = await _push(task, outputs, pushing, objects=objects, archive=archive)
+                await _push_originals(task, pushing, objects=objects, target=target)
+            pushed = await _push(task, outputs, pushing, objects=objects, target=target)
     except _Failed as reason:
         failure = Failure(
             **task.model_dump(),
@@ -219,7 +219,7 @@ async def infer(
         result_key=f"{prefix}result.json",
         outputs=pushed,
         files=outputs.files,
-        pushed_to=archive.target,
+        pushed_to=target.name,
         duration_s=outputs.duration_s,
         device=outputs.device,
         attempt=outputs.attempt,
@@ -314,8 +314,8 @@ async def _compute(
     )
 
 
-async def _push_originals(task: InferenceTask, pushing: Path, *, objects: ObjectStore, archive: Archive) -> None:
-    """Push the instances of the inputs that the archive does not show, so that a viewer has both.
+async def _push_originals(task: InferenceTask, pushing: Path, *, objects: ObjectStore, target: Target) -> None:
+    """Push the instances of the inputs that the target does not show, so that a viewer has both.
 
     They are fetched anew: what lies in the study's folder was in the MAP's hands.
 
@@ -325,18 +325,18 @@ async def _push_originals(task: InferenceTask, pushing: Path, *, objects: Object
     folder = pushing / "originals"
     await asyncio.to_thread(folder.mkdir)
     for series in task.inputs:
-        shown = await archive.shown(series.study_uid, series.series_uid)
+        shown = await target.shown(series.study_uid, series.series_uid)
         if shown is None:
             return
         revision = await _revision(objects, series.revision_key)
         keys = {one.sop_instance_uid: one.key for one in revision.instances if one.sop_instance_uid not in shown}
         wanted = {key: Instance(folder / f"{uid}.dcm", *_uids(series), uid) for uid, key in keys.items()}
         await _download([(key, one.path) for key, one in wanted.items()], objects)
-        await _pushed(list(wanted.values()), archive)
+        await _pushed(list(wanted.values()), target)
 
 
 async def _push(
-    task: InferenceTask, outputs: Outputs, pushing: Path, *, objects: ObjectStore, archive: Archive
+    task: InferenceTask, outputs: Outputs, pushing: Path, *, objects: ObjectStore, target: Target
 ) -> tuple[InferenceOutput, ...]:
     """Push the stored instances, and return them with the image sets that hold them now.
 
@@ -354,22 +354,22 @@ async def _push(
         )
         for output in outputs.outputs
     ]
-    if archive.target != "s3":
+    if target.name != "s3":
         keys = [output.key for output in outputs.outputs]
         await _download(zip(keys, (one.path for one in instances), strict=True), objects)
-    image_sets = await _pushed(instances, archive)
+    image_sets = await _pushed(instances, target)
     return tuple(
         output.model_copy(update={"image_set_id": image_sets[output.series_uid]}) for output in outputs.outputs
     )
 
 
-async def _pushed(instances: Sequence[Instance], archive: Archive) -> dict[str, str | None]:
+async def _pushed(instances: Sequence[Instance], target: Target) -> dict[str, str | None]:
     try:
-        image_sets = await archive.push(instances)
+        image_sets = await target.push(instances)
     except PushRejected as rejected:
         raise _Failed(rejected.reason_code, where=rejected.where) from None
     found = sorted(filter(None, image_sets.values()))
-    log.info("inference.pushed", instances=len(instances), to=archive.target, image_sets=found)
+    log.info("inference.pushed", instances=len(instances), to=target.name, image_sets=found)
     return image_sets
 
 
@@ -403,12 +403,12 @@ async def _superseded_by(objects: ObjectStore, inputs: Sequence[SeriesRef]) -> s
     return None
 
 
-async def _archive(task: InferenceTask, archives: Archives, route: Route, objects: ObjectStore) -> tuple[Archive, bool]:
-    """Return where the results go, and whether the inputs go there; no archive has a patient for what has none."""
+async def _target(task: InferenceTask, targets: Targets, route: Route, objects: ObjectStore) -> tuple[Target, bool]:
+    """Return where the results go, and whether the inputs go there; no PACS has a patient for what has none."""
     revisions = [await _revision(objects, series.revision_key) for series in task.inputs]
     if any(revision.deidentified for revision in revisions):
-        return archives.by_target["s3"], False
-    return archives.of(route)
+        return targets.by_name["s3"], False
+    return targets.of(route)
 
 
 async def _revision(objects: ObjectStore, key: str) -> Revision:

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 from pydantic import Field, SecretStr
 
-from services.inference.routing import Target
+from services.inference.routing import TargetName
 from shared.config import ServiceSettings
 
 
@@ -24,7 +24,7 @@ class InferenceSettings(ServiceSettings):
     """Seconds without news of a study after which MAPs that read a study as a whole get it."""
     study_max_settle_s: float = Field(default=3600, gt=0)
     """Seconds after which a study that still grows is taken as it is, at most once in that time."""
-    push_to: Target | None = None
+    push_to: TargetName | None = None
     """Where results go: healthimaging, healthimaging-import, dicomweb or s3. Unset: dicomweb where it has a URL, else
     healthimaging."""
     push_originals: bool = False

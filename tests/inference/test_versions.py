@@ -108,7 +108,7 @@ async def start(worker, clients, folder):
         found = Sources(folder.root, lambda region: open_ecr(clients, region), **sources)
         cloudwatch = Remembered()
         metrics = Metrics(cloudwatch)
-        told = worker.archives, worker.objects, worker.publish, metrics, lambda: NOW
+        told = worker.targets, worker.objects, worker.publish, metrics, lambda: NOW
         fleet = Fleet(table, found, *told, Share(folder.root / "gpus", ()))
         await fleet.begin()
         serving = {name: serving_of(one.route) for name, one in fleet.maps.items()}

@@ -41,7 +41,7 @@ from services.inference.records import Frozen
 from services.inference.routing import Route, RoutingTable, read
 from services.inference.serving.gpus import Share
 from services.inference.serving.runner import MapRunner, Run, Serving, Study
-from services.inference.targets.archive import Archives
+from services.inference.targets.target import Targets
 from shared import metrics as declared
 from shared.child import ChildFailed
 from shared.concurrency import all_of, temporary_folder
@@ -195,7 +195,7 @@ class Fleet:
 
     table: Place
     sources: Sources
-    archives: Archives
+    targets: Targets
     objects: ObjectStore
     publish: Publish
     metrics: Metrics
@@ -315,7 +315,7 @@ class Fleet:
 
     def _read(self, text: str) -> RoutingTable:
         table = read(text, self.table.file)
-        self.archives.require(table.maps, self.table.file)
+        self.targets.require(table.maps, self.table.file)
         return table
 
     async def _first(self, route: Route) -> Map:
