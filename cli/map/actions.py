@@ -17,13 +17,13 @@ from pydicom.errors import InvalidDicomError
 from cli.client import Refused, WrongUsage
 from cli.map import build as image
 from services.inference import preflight
-from services.inference.__main__ import bounds_of
 from services.inference.package.engine import Engine, EngineFailed, ecr_of
 from services.inference.package.manifests import BrokenMap
 from services.inference.package.maps import Map, is_image, read_source
 from services.inference.preflight import Finding
 from services.inference.reasons import explained
 from services.inference.serving import gpus
+from services.inference.serving.bounds import bounds_of
 from services.inference.serving.runner import Serving
 from services.inference.settings import InferenceSettings
 from shared.child import ChildFailed

@@ -29,12 +29,12 @@ import pydicom
 import yaml
 from botocore.config import Config
 
-from services.inference.__main__ import open_targets
 from services.inference.package.engine import Engine, EngineFailed
 from services.inference.package.maps import load
 from services.inference.serving.maphost import cuda_runtime
 from services.inference.serving.runner import MapRunner, Run, Serving, Study
 from services.inference.settings import InferenceSettings
+from services.inference.targets.configured import open_targets
 from services.inference.targets.target import Instance
 from shared import config
 from shared.aws import connect

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from pydicom import dcmread
 
-from services.inference.__main__ import open_targets, serve
+from services.inference.__main__ import serve
 from services.inference.settings import InferenceSettings
+from services.inference.targets.configured import open_targets
 from services.inference.targets.target import Instance
 from shared.config import Misconfigured
 from shared.metrics import Metrics
