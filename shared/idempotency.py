@@ -90,6 +90,26 @@ async def once(
 ) -> Record | Other:
     """Return the record under `key`; if there is none, have `work(epoch)` make it while holding the lease.
 
+    Raises as `make_once` does.
+    """
+    done = await stored(objects, key, kind)
+    if done is not None:
+        return done
+    return await make_once(objects, key, kind, work, claim=claim, lease_s=lease_s, clock=clock)
+
+
+async def make_once(
+    objects: ObjectStore,
+    key: str,
+    kind: type[Record],
+    work: Callable[[int], Awaitable[Record | Other]],
+    *,
+    claim: str,
+    lease_s: float,
+    clock: Clock,
+) -> Record | Other:
+    """Do as `once` does, for a caller that has just looked for the record and found none.
+
     `work` may run more than once, also at the same time on two machines; the first record stored is returned to all.
     If it returns something else than a `kind`, such as None, that is handed back and no record is stored. `claim` is
     the key of the lease. It ends `lease_s` seconds after its last renewal; choose at most half of the queue's
@@ -101,9 +121,6 @@ async def once(
         Unprocessable: `invalid_record`: something else wrote under one of the keys.
         Unavailable: S3 does not answer.
     """
-    done = await stored(objects, key, kind)
-    if done is not None:
-        return done
 
     async def do(epoch: int) -> Record | Other:
         done = await stored(objects, key, kind)  # the last owner may have stored it just before the claim was free

@@ -18,6 +18,7 @@ from services.inference.targets.healthimaging import HealthImaging
 from shared.dicomweb import DicomWeb
 from shared.errors import Claimed, Unavailable, Unprocessable
 from shared.messages import InferenceCompleted, InferenceFailed, InferenceOutput, InferenceRequested, InferenceSkipped
+from shared.objects import ObjectStore
 from tests.inference.conftest import targets_of
 
 NOW = datetime(2026, 3, 4, tzinfo=UTC)
@@ -124,6 +125,35 @@ async def test_a_repeated_request_announces_the_same_event_and_runs_nothing(work
 
     assert await studies_run(worker.runner) == before
     assert worker.publish.events[0] == worker.publish.events[1]
+
+
+class Reading(ObjectStore):
+    """S3, which remembers what was read."""
+
+    def __init__(self, objects):
+        super().__init__(objects.client, objects.bucket)
+        self.keys = []
+
+    async def get(self, key):
+        self.keys.append(key)
+        return await super().get(key)
+
+
+async def test_what_is_known_is_not_read_again(worker):
+    """`outputs.json` is looked for before the claim and under it, and the revision is read once."""
+    revision = await worker.store_series()
+    objects = Reading(worker.objects)
+    everything = {"objects": objects, "targets": replace(worker.targets, originals=True)}
+    await infer(worker.request(revision), **(worker.for_infer | everything))
+    prefix = result_prefix(worker.request(revision).data)
+
+    assert objects.keys == [
+        f"{prefix}result.json",
+        f"{prefix}failure.json",
+        f"{prefix}outputs.json",
+        revision.key,
+        f"{prefix}outputs.json",
+    ]
 
 
 class Announced:

@@ -8,14 +8,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from services.inference.transfers import TRANSFERS
 from shared.concurrency import all_of
 from shared.config import Misconfigured
 from shared.objects import ObjectMissing, ObjectStore
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3 import S3Client
-
-TRANSFERS = 8
 
 
 @dataclass(frozen=True, slots=True)

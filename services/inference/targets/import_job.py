@@ -21,7 +21,8 @@ from pydicom.datadict import tag_for_keyword
 
 from services.inference.routing import TargetName
 from services.inference.targets.healthimaging import HealthImaging, healthimaging_errors
-from services.inference.targets.target import LONGEST_PAUSE_S, TRANSFERS, Instance, PushRejected, pauses
+from services.inference.targets.target import LONGEST_PAUSE_S, Instance, PushRejected, pauses
+from services.inference.transfers import TRANSFERS
 from shared.concurrency import all_of
 from shared.dicomweb import DicomWeb
 from shared.errors import Unavailable

@@ -20,9 +20,6 @@ LOOKS = 5
 LOOK_PAUSE_S = 0.2
 """What was stored may take a moment until it is found; the pause doubles with each look."""
 LONGEST_PAUSE_S = 30.0
-TRANSFERS = 8
-"""Objects that are uploaded or deleted at the same time."""
-
 NEEDED: dict[TargetName, str] = {
     "healthimaging": "RADQUEUE_DATASTORE_ID",
     "healthimaging-import": "RADQUEUE_DATASTORE_ID and RADQUEUE_IMPORT_ROLE_ARN",
