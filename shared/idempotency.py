@@ -156,9 +156,11 @@ class _Claim:
 
     async def take(self) -> None:
         """Take the claim. Raises `Claimed` or `Continue` where another owner has it."""
+        # Is it free, or has it ended?
         held, etag = await self._seen()
         if held is not None and held.ends > self.clock():
             raise _turned_away("claimed by another worker")
+        # Write our name, unless somebody else is faster.
         self.epoch = held.epoch + 1 if held is not None else 1
         self.ends = self._end()
         if held is None:
@@ -215,16 +217,19 @@ class _Claim:
 
 async def _claimed(claim: _Claim, work: Callable[[int], Awaitable[Result]]) -> Result:
     """Run `work(epoch)` under the claim. It is cancelled where the claim is lost, and has ended when this returns."""
+    # Take the claim, and renew it while the work goes on.
     await claim.take()
     working = asyncio.ensure_future(work(claim.epoch))
     keeping = asyncio.ensure_future(claim.keep())
     try:
+        # Whichever ends first decides: the work was done, or the claim was lost.
         await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         keeping.result()  # a bug there is no loss
         raise _turned_away("claim lost")
     finally:
+        # Nothing of it goes on when this returns, and the claim is free.
         for task in (working, keeping):
             task.cancel()
         await asyncio.gather(working, keeping, return_exceptions=True)
