@@ -104,7 +104,7 @@ async def _attempt(
         study = Study.make(folder)
 
         # Fetch: beside the study that computes now, and outside its permit.
-        sources = await _download(revisions, study, objects)
+        sources = await _download(revisions, study, objects=objects)
         scrubber = await asyncio.to_thread(Scrubber, sources)
         headers = await asyncio.to_thread(made_outputs.headers, sources)
 
@@ -141,11 +141,11 @@ async def _attempt(
     )
 
 
-async def _download(revisions: Iterable[Revision], study: Study, objects: ObjectStore) -> list[Path]:
+async def _download(revisions: Iterable[Revision], study: Study, *, objects: ObjectStore) -> list[Path]:
     """Lay the instances where the MAP reads them, and return their paths."""
     instances = [one for revision in revisions for one in revision.instances]
     paths = [study.input / PurePosixPath(one.key).name for one in instances]
-    await download_all(zip((one.key for one in instances), paths, strict=True), objects)
+    await download_all(zip((one.key for one in instances), paths, strict=True), objects=objects)
     return paths
 
 

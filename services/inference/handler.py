@@ -68,7 +68,7 @@ async def route(
     """
     # Fetch.
     series = SeriesRef.model_validate(ready.data.model_dump())
-    revision = await _revision(objects, series.revision_key)
+    revision = await _revision(series.revision_key, objects=objects)
 
     # Choose.
     takers = [found for found in maps.values() if found.route.takes(revision)]
@@ -136,21 +136,21 @@ async def infer(
     served = maps.get(task.map)
 
     # Repeat: what was answered before is announced again, as the same event.
-    known = await _known(requested, objects)
+    known = await _known(requested, objects=objects)
     if known.answer is not None:
-        await _announce(known.answer, publish)
+        await _announce(known.answer, publish=publish)
         return
 
     # Check: what nobody has computed yet is wanted still, and of the version that serves here.
-    if known.outputs is None and await _is_superseded(task, served, objects):
+    if known.outputs is None and await _is_superseded(task, served, objects=objects):
         return
     installed = _installed(task, served)
     if known.outputs is None and installed.map.digest != task.map_digest:
-        await _ask_again(requested, installed.map.digest, publish)
+        await _ask_again(requested, installed.map.digest, publish=publish)
         return
 
     # Fetch.
-    revisions = [await _revision(objects, series.revision_key) for series in task.inputs]
+    revisions = [await _revision(series.revision_key, objects=objects) for series in task.inputs]
 
     answer: Result | Failure
     try:
@@ -174,7 +174,7 @@ async def infer(
         answer = _failure(requested, attempt, failed, clock())
 
     # Store, then announce.
-    await _announce(await store_once(objects, _key_of(answer), answer), publish)
+    await _announce(await store_once(objects, _key_of(answer), answer), publish=publish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class _Known:
     """What an attempt made of it."""
 
 
-async def _known(requested: InferenceRequested, objects: ObjectStore) -> _Known:
+async def _known(requested: InferenceRequested, *, objects: ObjectStore) -> _Known:
     """Look for what is there already; the failure of an earlier request is removed, for it would tell of this one."""
     prefix = result_prefix(requested.data)
     done = await stored(objects, f"{prefix}result.json", Result)
@@ -201,9 +201,9 @@ async def _known(requested: InferenceRequested, objects: ObjectStore) -> _Known:
     return _Known(outputs=await stored(objects, f"{prefix}outputs.json", Outputs))
 
 
-async def _is_superseded(task: InferenceTask, served: InstalledMap | None, objects: ObjectStore) -> bool:
+async def _is_superseded(task: InferenceTask, served: InstalledMap | None, *, objects: ObjectStore) -> bool:
     """Tell whether a newer revision, or a newer state of the study, makes the request needless."""
-    newer = await _superseded_by(objects, task.inputs)
+    newer = await _superseded_by(task.inputs, objects=objects)
     of_study = served is not None and served.route.level == "study"
     if newer is None and not (of_study and await stable_studies.is_superseded(task, objects)):
         return False
@@ -211,13 +211,13 @@ async def _is_superseded(task: InferenceTask, served: InstalledMap | None, objec
     return True
 
 
-async def _superseded_by(objects: ObjectStore, inputs: Sequence[SeriesRef]) -> str | None:
+async def _superseded_by(inputs: Sequence[SeriesRef], *, objects: ObjectStore) -> str | None:
     """Return the digest of a newer revision of an input, whose own request makes this one needless."""
     for series in inputs:
         prefix = f"{series_prefix(series.study_uid, series.series_uid)}revisions/"
         async for found in objects.list(prefix):
             if found.key != revision_key(series.study_uid, series.series_uid, series.digest):
-                revision = await _revision(objects, found.key)
+                revision = await _revision(found.key, objects=objects)
                 if revision.supersedes == series.digest:
                     return revision.digest
     return None
@@ -230,7 +230,7 @@ def _installed(task: InferenceTask, served: InstalledMap | None) -> InstalledMap
     return served
 
 
-async def _ask_again(requested: InferenceRequested, map_digest: str, publish: Publish) -> None:
+async def _ask_again(requested: InferenceRequested, map_digest: str, *, publish: Publish) -> None:
     """Ask for the version that serves here instead of the one that was asked for."""
     log.info("inference.rerouted", map=requested.data.map, map_digest=map_digest)
     current = requested.data.model_copy(update={"map_digest": map_digest})
@@ -238,7 +238,7 @@ async def _ask_again(requested: InferenceRequested, map_digest: str, publish: Pu
     await publish(_requested(current, requested.time), delay_s=REROUTE_S)
 
 
-async def _revision(objects: ObjectStore, key: str) -> Revision:
+async def _revision(key: str, *, objects: ObjectStore) -> Revision:
     try:
         return Revision.parse(await objects.get(key))
     except ObjectMissing:
@@ -283,15 +283,15 @@ def _key_of(answer: Result | Failure) -> str:
     return answer.result_key if isinstance(answer, Result) else answer.failure_key
 
 
-async def _announce(answer: Result | Failure, publish: Publish) -> None:
+async def _announce(answer: Result | Failure, *, publish: Publish) -> None:
     """Announce what is stored, so that a repeat is the same event."""
     if isinstance(answer, Failure):
-        await _announce_failure(answer, publish)
+        await _announce_failure(answer, publish=publish)
     else:
-        await _announce_result(answer, publish)
+        await _announce_result(answer, publish=publish)
 
 
-async def _announce_result(result: Result, publish: Publish) -> None:
+async def _announce_result(result: Result, *, publish: Publish) -> None:
     first = {
         "outputs": result.outputs[:ANNOUNCED_OUTPUTS],
         "n_outputs": len(result.outputs),
@@ -302,7 +302,7 @@ async def _announce_result(result: Result, publish: Publish) -> None:
     log.info("inference.done", map=completed.map, outcome=completed.outcome, outputs=len(completed.outputs))
 
 
-async def _announce_failure(failure: Failure, publish: Publish) -> None:
+async def _announce_failure(failure: Failure, *, publish: Publish) -> None:
     failed = FailedInference.model_validate(failure.model_dump())
     await publish(InferenceFailed.of(result_prefix(failed), failed, time=failure.time))
     place = {"error_type": failure.error_type, "where": failure.where}

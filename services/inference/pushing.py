@@ -71,8 +71,8 @@ async def _push_originals(revisions: Iterable[Revision], folder: Path, *, object
             return
         keys = {one.sop_instance_uid: one.key for one in revision.instances if one.sop_instance_uid not in shown}
         wanted = {key: Instance(folder / f"{uid}.dcm", *uids, uid) for uid, key in keys.items()}
-        await download_all([(key, one.path) for key, one in wanted.items()], objects)
-        await _push(list(wanted.values()), target)
+        await download_all([(key, one.path) for key, one in wanted.items()], objects=objects)
+        await _push(list(wanted.values()), target=target)
 
 
 async def _push_outputs(
@@ -86,11 +86,11 @@ async def _push_outputs(
         for one in outputs.outputs
     }
     if target.name != "s3":
-        await download_all([(key, one.path) for key, one in wanted.items()], objects)
-    return await _push(list(wanted.values()), target)
+        await download_all([(key, one.path) for key, one in wanted.items()], objects=objects)
+    return await _push(list(wanted.values()), target=target)
 
 
-async def _push(instances: Sequence[Instance], target: Target) -> dict[str, str | None]:
+async def _push(instances: Sequence[Instance], *, target: Target) -> dict[str, str | None]:
     image_sets = await target.push(instances)
     found = sorted(filter(None, image_sets.values()))
     log.info("inference.pushed", instances=len(instances), to=target.name, image_sets=found)

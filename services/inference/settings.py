@@ -34,13 +34,13 @@ class InferenceSettings(ServiceSettings):
     import_role_arn: str = ""
     """The role with which HealthImaging's import jobs read and write `imports/*` of the bucket."""
     dicomweb_url: str | None = None
-    """Another archive that takes the results: what `/studies` is appended to."""
+    """A PACS that takes the results: what `/studies` is appended to."""
     dicomweb_username: str = ""
-    """Who we are to that archive (HTTP basic authentication); empty is nobody."""
+    """Who we are to that PACS (HTTP basic authentication); empty is nobody."""
     dicomweb_password: SecretStr = SecretStr("")
     """The password for it."""
     dicomweb_token: SecretStr = SecretStr("")
-    """A token for that archive instead (HTTP bearer authentication)."""
+    """A token for that PACS instead (HTTP bearer authentication)."""
     deadline_s: float = Field(default=600, gt=0)
     """Wall seconds that a MAP gets for one study; then it is killed. A MAP's own timeout goes before it, and
     `deadline_s` of its route before both."""

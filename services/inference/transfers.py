@@ -12,7 +12,7 @@ TRANSFERS = 8
 """Objects of one study that are downloaded or uploaded at the same time."""
 
 
-async def download_all(wanted: Iterable[tuple[str, Path]], objects: ObjectStore) -> None:
+async def download_all(wanted: Iterable[tuple[str, Path]], *, objects: ObjectStore) -> None:
     """Download the object under each key to its path.
 
     Raises:
