@@ -217,19 +217,19 @@ class _Claim:
 
 async def _claimed(claim: _Claim, work: Callable[[int], Awaitable[Result]]) -> Result:
     """Run `work(epoch)` under the claim. It is cancelled where the claim is lost, and has ended when this returns."""
-    # Take the claim, and renew it while the work goes on.
+    # Take the lease, and renew it while the work goes on.
     await claim.take()
     working = asyncio.ensure_future(work(claim.epoch))
     keeping = asyncio.ensure_future(claim.keep())
     try:
-        # Whichever ends first decides: the work was done, or the claim was lost.
+        # Whichever ends first decides: the work was done, or the lease was lost.
         await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         keeping.result()  # a bug there is no loss
         raise _turned_away("claim lost")
     finally:
-        # Nothing of it goes on when this returns, and the claim is free.
+        # Nothing of it goes on when this returns, and the lease is free.
         for task in (working, keeping):
             task.cancel()
         await asyncio.gather(working, keeping, return_exceptions=True)

@@ -60,8 +60,8 @@ async def compute(
 ) -> Outputs | Unmatched:
     """Return the winner of all attempts at the result: `outputs.json` names it, once and for all.
 
-    It is this one, made under the claim, unless another worker was faster. `least` is what the MAP must make, by
-    modality. Whoever asks has looked for `outputs.json`: it is looked for once more under the claim alone.
+    It is this one, made under the lease, unless another worker was faster. `least` is what the MAP must make, by
+    modality. Whoever asks has looked for `outputs.json`: it is looked for once more under the lease alone.
 
     Raises:
         Claimed, Continue: another worker computes it.

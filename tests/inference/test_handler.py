@@ -140,7 +140,7 @@ class Reading(ObjectStore):
 
 
 async def test_what_is_known_is_not_read_again(worker):
-    """`outputs.json` is looked for before the claim and under it, and the revision is read once."""
+    """`outputs.json` is looked for before the lease and under it, and the revision is read once."""
     revision = await worker.store_series()
     objects = Reading(worker.objects)
     everything = {"objects": objects, "targets": replace(worker.targets, originals=True)}
