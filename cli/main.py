@@ -6,7 +6,7 @@ See EXIT_CODES.
 import io
 import os
 import sys
-import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from cli.options import Json
 from cli.study import commands as study_commands
 from cli.study import ingest_check, quarantine
 from cli.training import commands as training_commands
-from deploy.local.stack import ROOT, StackFailed, StackMisconfigured, read_env
+from deploy.local.stack import StackFailed, StackMisconfigured, read_env
 from shared.config import Misconfigured
 from shared.operations.refused import Refused, WrongUsage
 
@@ -47,7 +47,6 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Uploaded medical images become AI results, training requests become evaluated models.",
     epilog=EXIT_CODES,
@@ -56,7 +55,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
     if asked:
-        show.say(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"])
+        show.say(version("radqueue"))
         raise typer.Exit
 
 

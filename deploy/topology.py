@@ -11,7 +11,8 @@ medical-imaging:GetDatastore, ecr:CreateRepository.
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any, Self
 
 import boto3
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from shared.aws_errors import AWS_ERRORS, code_of
 
-DESCRIPTION = Path(__file__).with_name("topology.json")
+DESCRIPTION = files("deploy") / "topology.json"
 DATASTORE_TIMEOUT_S = 600
 """AWS takes up to a few minutes to make a data store ACTIVE."""
 
@@ -72,7 +73,7 @@ class Topology(_Frozen):
     repository: Named
 
     @classmethod
-    def load(cls, path: Path = DESCRIPTION) -> Self:
+    def load(cls, path: Traversable = DESCRIPTION) -> Self:
         """Read the description."""
         return cls.model_validate_json(path.read_text("utf-8"))
 

@@ -17,24 +17,15 @@ from typing import Any, Literal
 
 from services.inference import outputs
 from services.inference.outputs import OutputRefused
-from services.inference.package.engine import EngineFailed, Mount, run
+from services.inference.package.engine import EngineFailed, run
 from services.inference.package.manifests import RESOURCES
 from services.inference.package.maps import Map
 from services.inference.package.requirements import compare
 from services.inference.reasons import explained, several
-from services.inference.serving import gpus
+from services.inference.serving import gpus, hostfiles
 from services.inference.serving.bounds import bounds_of
 from services.inference.serving.probe import STEPS
-from services.inference.serving.runner import (
-    CONTAINER_ROOT,
-    HOST_FILES,
-    ROOT,
-    Bounds,
-    MapRunner,
-    Run,
-    Serving,
-    Study,
-)
+from services.inference.serving.runner import Bounds, MapRunner, Run, Serving, Study
 from services.inference.settings import InferenceSettings
 from shared.child import ChildFailed
 from shared.errors import Unavailable
@@ -297,15 +288,14 @@ def _answers(found: Map, work: Path, *, gpu: bool, steps: Sequence[str]) -> tupl
     asked = [found.application, found.models or "", *steps]
     name = f"radqueue-{uuid.uuid4().hex}"
     if found.image is None:
-        argv = [found.python, "-c", START, str(ROOT), *asked]
+        argv = [found.python, "-c", START, str(hostfiles.lay_out(work / "host", PROBE)), *asked]
         environment: Mapping[str, str] = found.own_environment
     else:
-        mounts = [Mount(ROOT / file, f"{CONTAINER_ROOT}/{file}") for file in (*HOST_FILES, PROBE)]
         argv = found.image.engine.run_command(
             found.image.id,
-            [found.python, "-c", START, CONTAINER_ROOT, *asked],
+            [found.python, "-c", START, hostfiles.CONTAINER_ROOT, *asked],
             name=name,
-            mounts=mounts,
+            mounts=hostfiles.mounts(PROBE),
             environment=found.own_environment,
             needs=found.needs,
             gpus=("all",) if gpu else (),

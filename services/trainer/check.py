@@ -1,18 +1,14 @@
 """What can be said of the parameters of a training request before a trainer has it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from services.trainer import config
-from services.trainer.config import InvalidConfig, TrainingConfig, Value
+from services.trainer.config import DEFAULT_CONFIG, InvalidConfig, TrainingConfig, Value
 from services.trainer.jsconfig import read_config
-
-SHIPPED = Path(config.__file__).with_name("config.js")
 
 
 def parameters() -> dict[str, Value]:
     """Return the parameters that there are, with the values of the shipped config.js."""
-    return read_config(SHIPPED.read_text("utf-8"))
+    return read_config(DEFAULT_CONFIG.read_text("utf-8"))
 
 
 def fault_of(overrides: Mapping[str, Value]) -> str | None:

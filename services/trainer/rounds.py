@@ -8,7 +8,7 @@ import contextlib
 from pathlib import Path
 
 from services.trainer.checkpoints import Checkpoints
-from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParameter
+from services.trainer.config import DEFAULT_CONFIG, InvalidConfig, TrainingConfig, UnknownParameter
 from services.trainer.jsconfig import modify_config, read_config
 from services.trainer.progress import shown
 from services.trainer.reasons import CannotTrain
@@ -21,8 +21,6 @@ from shared.idempotency import store_once, stored
 from shared.log import get_logger
 from shared.messages import Evaluation, TrainingRound, TrainingRoundCompleted
 from shared.objects import ObjectMissing
-
-DEFAULT_CONFIG = Path(__file__).with_name("config.js")
 
 log = get_logger()
 

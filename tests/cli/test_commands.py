@@ -1,9 +1,13 @@
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import tomllib
 import zipfile
 from datetime import UTC, datetime
+from pathlib import Path
 
 import boto3
 import pytest
@@ -13,12 +17,12 @@ from cli.client import Client, now
 from cli.main import app
 from cli.study import results, uploads
 from cli.training.requests import parse_override, training_request
-from deploy.local.stack import ROOT
 from services.inference.records import result_prefix
 from shared.dicom import instance_key
 from shared.messages import InferenceRequested, InferenceTask, SeriesRef, TrainingRequested, decode
 from shared.operations.refused import Refused
 from shared.phantom import write_ct_series
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -174,6 +178,15 @@ def test_the_version_is_the_project_s(radqueue):
         0,
         f"{tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}\n",
     )
+
+
+def test_a_shell_completes_commands():
+    """The script that `--install-completion` writes asks so; the answer is one command per line."""
+    asked = {"_RADQUEUE_COMPLETE": "complete_bash", "COMP_WORDS": "radqueue re", "COMP_CWORD": "1"}
+    command = [Path(sys.executable).with_name("radqueue")]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True)
+
+    assert set(done.stdout.split()) == {"redrive", "report", "results", "retry"}
 
 
 def test_an_upload_of_nothing_is_refused(invoke, tmp_path):

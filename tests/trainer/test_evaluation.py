@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from services.trainer import worker
+from services.trainer.config import DEFAULT_CONFIG
 from services.trainer.evaluation.evaluate import evaluate
 from services.trainer.evaluation.extractor import fetch_extractor
 from services.trainer.evaluation.features import RANDCONV
 from services.trainer.jsconfig import modify_config
-from services.trainer.rounds import DEFAULT_CONFIG
 from services.trainer.settings import TrainerSettings
 from shared.config import Misconfigured, load
 from shared.messages import Evaluation

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.trainer.data.cache import PART, kept_copies
 from services.trainer.data.manifest import (
@@ -31,15 +31,15 @@ from services.trainer.data.manifest import (
     summary_of,
 )
 from services.trainer.data.sources import Source, source_of
+from services.trainer.data.units import Modality, Window
 from services.trainer.reasons import CannotTrain
-from services.trainer.records import Sidecar
 from services.trainer.settings import TrainerSettings
 from shared.child import Json
 from shared.concurrency import all_of
 from shared.errors import Unavailable
 from shared.idempotency import store_once, stored
 from shared.log import get_logger
-from shared.messages import TrainingRequest
+from shared.messages import Name, TrainingRequest
 from shared.objects import ObjectMissing, ObjectStore
 from shared.workfolder import sha256_of_file
 
@@ -50,6 +50,19 @@ METHOD = 1
 """Raised when the same listing comes to another manifest."""
 
 log = get_logger()
+
+
+class Sidecar(BaseModel):
+    """What is read of the JSON document beside an array; ingest says all but the class. What is missing is unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    series_uid: str | None = None
+    patient_key: str | None = None
+    class_name: Name | None = Field(default=None, alias="class")
+    modality: Modality = None
+    window: Window | None = None
+    """Modality values that became -1 and 1."""
 
 
 @asynccontextmanager
