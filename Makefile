@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test coverage lint bench chaos
+.PHONY: setup demo test coverage lint docs bench chaos release
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml deploy/constraints.txt deploy/setup
@@ -25,9 +25,17 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: setup
+	$(BIN)/python -m tests.docs
+
 bench: setup
 	$(BIN)/python -m tests.benchmarks
 
 chaos: setup
 	$(BIN)/python -m tests.chaos $(ARGS)
 	$(BIN)/python -m tests.chaos.damaged_files
+
+release: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	RADQUEUE_TEST_DIST=dist $(BIN)/python -m pytest -m slow tests/deploy/test_wheel.py

@@ -15,9 +15,9 @@ import pydicom
 import pytest
 from botocore.config import Config
 
-from cli.phantom import Patient, write_cohort, write_ct_series
-from cli.up import Stack
+from deploy.local.stack import Stack
 from shared.messages import ReportRequest, ReportRequested, TrainingRequest, TrainingRequested
+from shared.phantom import Patient, write_cohort, write_ct_series
 from tests.conftest import clean_environ
 
 TIMEOUT_S = 180

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody uses
 
-from cli.phantom import thorax
+from shared.phantom import thorax
 
 AIR, SOFT_TISSUE, BONE = 1, 2, 3
 SOFT_TISSUE_FROM_HU, BONE_FROM_HU = -300.0, 200.0

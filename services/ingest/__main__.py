@@ -11,7 +11,7 @@ from services.ingest.decoder import Decoder
 from services.ingest.handler import handle_uploads
 from services.ingest.ports import Ports
 from services.ingest.settings import IngestSettings
-from services.ingest.settling import handle_settling
+from services.ingest.stable_series import handle_settling
 from shared.aws import Aws
 from shared.config import Misconfigured
 from shared.messages import Message, ObjectsCreated, SeriesReady, SeriesSettling, UploadRejected

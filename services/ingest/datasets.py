@@ -30,7 +30,7 @@ from pydicom.multival import MultiValue
 from services.ingest.deidentification import Option
 from shared.config import Misconfigured
 from shared.messages import Name
-from shared.tables import read_table
+from shared.yaml_tables import read_table
 
 SECRET_LENGTH = 16
 """Characters of a secret that is worth the name; the default is shorter."""

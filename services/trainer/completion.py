@@ -13,11 +13,11 @@ import asyncio
 import json
 from collections.abc import Sequence
 
-from services.trainer import card, curves
-from services.trainer.dataset import Manifest
+from services.trainer.data.manifest import Manifest
+from services.trainer.data.units import Units
+from services.trainer.products import card, curves
 from services.trainer.records import StoredCompletion, StoredRound
 from services.trainer.run import Run
-from services.trainer.secondary_capture import Units
 from shared.messages import CompletedTraining
 
 

@@ -3,7 +3,7 @@
 Everything that a training knows is under `models/<request id>/`, so that any worker can go on with it:
 
     options.json                what was asked for; a second request of this id must be the same
-    lease.json                  who trains: a claim of shared/once.py
+    lease.json                  who trains: a claim of shared/idempotency.py
     manifest.json               the arrays and their split, as of the first start
     config.js                   the parameters of the round that runs; put there before the request, it is started with
     first_config.js             the parameters of the start, resolved
@@ -27,17 +27,17 @@ from datetime import datetime
 from typing import TypeVar
 
 from services.trainer.completion import complete
-from services.trainer.loading import loaded
-from services.trainer.policy import best_round
+from services.trainer.data.loading import loaded
 from services.trainer.reasons import CannotTrain
 from services.trainer.records import StoredCompletion, StoredFailure, StoredOptions, goal_of
 from services.trainer.rounds import announce, evaluate, first_config, modify, train
 from services.trainer.run import Ports, Run
+from services.trainer.strategy.policy import best_round
 from shared.concurrency import temporary_folder
 from shared.errors import Unprocessable
+from shared.idempotency import once, store_once
 from shared.log import get_logger
 from shared.messages import FailedTraining, TrainingCompleted, TrainingFailed, TrainingRequest, TrainingRequested
-from shared.once import once, store_once
 
 Result = TypeVar("Result")
 
@@ -73,7 +73,7 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
 async def accept(request: TrainingRequest, *, asked_at: datetime, ports: Ports) -> None:
     """Store what is asked for. Raises `Unprocessable` where the id is another request's."""
     options = StoredOptions(request=request, settings=ports.settings.model_dump(mode="json"), time=asked_at)
-    stored = await store_once(ports.objects, f"models/{request.request_id}/options.json", options)
+    stored = await store_once(f"models/{request.request_id}/options.json", options, objects=ports.objects)
     if stored.request != request:
         raise Unprocessable("request_id_taken")
 
@@ -112,10 +112,10 @@ async def claimed(
             return None
 
     return await once(
-        ports.objects,
         f"{folder}/completed.json",
         StoredCompletion,
         do,
+        objects=ports.objects,
         claim=f"{folder}/lease.json",
         lease_s=ports.settings.lease_s,
         clock=ports.clock,
@@ -133,7 +133,7 @@ async def _train(run: Run) -> StoredCompletion:
     """Do what is left to do. Raises `CannotTrain`."""
     # Load.
     await first_config(run)
-    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings) as images:
+    async with loaded(run.request, run.folder, run.ports.settings, objects=run.ports.objects) as images:
         for done in await run.rounds():
             await announce(run, done)
 

@@ -7,22 +7,20 @@ import asyncio
 import contextlib
 from pathlib import Path
 
-from services.trainer import policy, search
 from services.trainer.checkpoints import Checkpoints
-from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParameter
+from services.trainer.config import DEFAULT_CONFIG, InvalidConfig, TrainingConfig, UnknownParameter
 from services.trainer.jsconfig import modify_config, read_config
 from services.trainer.progress import shown
 from services.trainer.reasons import CannotTrain
 from services.trainer.records import StoredPlan, StoredRound, StoredState, StoredTrained, goal_of
 from services.trainer.run import Ports, Run
+from services.trainer.strategy import optuna_search, policy
 from shared.child import Json
 from shared.errors import Continue
+from shared.idempotency import store_once, stored
 from shared.log import get_logger
 from shared.messages import Evaluation, TrainingRound, TrainingRoundCompleted
 from shared.objects import ObjectMissing
-from shared.once import store_once, stored
-
-DEFAULT_CONFIG = Path(__file__).with_name("config.js")
 
 log = get_logger()
 
@@ -66,7 +64,7 @@ async def modify(run: Run) -> StoredPlan | None:
     text = (await objects.get(last.told.config_key)).decode() if last else await first_config(run)
     state = await run.state(len(rounds) + 1)
     observed = [done.observation() for done in rounds]
-    decide = search.decide if run.request.strategy == "optuna" else policy.decide
+    decide = optuna_search.decide if run.request.strategy == "optuna" else policy.decide
     situation = policy.Situation(read_config(text), observed, goal_of(run.request), state.divergences)
     try:
         decision = await asyncio.to_thread(decide, situation)
@@ -85,7 +83,7 @@ async def modify(run: Run) -> StoredPlan | None:
         until=before + TrainingConfig.of(read_config(text)).steps,
         config=text,
     )
-    plan = await store_once(objects, f"{_folder(run, plan)}/plan.{plan.number}.json", plan)
+    plan = await store_once(f"{_folder(run, plan)}/plan.{plan.number}.json", plan, objects=objects)
     await objects.put(f"{run.folder}/config.js", plan.config.encode())
     return plan
 
@@ -162,13 +160,13 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
     key = f"{folder}/checkpoint.{run.epoch}.pt"
     await ports.objects.upload(out / "checkpoint.pt", key)
     return await store_once(
-        ports.objects, _trained_key(run, plan), StoredTrained.model_validate({**reply, "checkpoint_key": key})
+        _trained_key(run, plan), StoredTrained.model_validate({**reply, "checkpoint_key": key}), objects=ports.objects
     )
 
 
 async def trained_of(run: Run, plan: StoredPlan) -> StoredTrained | None:
     """Return what was trained as planned, if it was."""
-    return await stored(run.ports.objects, _trained_key(run, plan), StoredTrained)
+    return await stored(_trained_key(run, plan), StoredTrained, objects=run.ports.objects)
 
 
 async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: Json) -> StoredRound | None:
@@ -218,7 +216,7 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
     why_not = policy.why_not(done.observation(), goal_of(run.request))
     done = done.model_copy(update={"told": told.model_copy(update={"approved": not why_not, "why_not": why_not})})
     await Checkpoints(objects, folder, plan.number, run.epoch).delete()
-    done = await store_once(objects, run.evaluation_key(plan.round), done)
+    done = await store_once(run.evaluation_key(plan.round), done, objects=objects)
     await run.store_state(StoredState(round=plan.round + 1))
     log.info(
         "training.round_stored",

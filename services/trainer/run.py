@@ -14,10 +14,10 @@ from services.trainer.records import StoredRound, StoredState
 from services.trainer.settings import TrainerSettings
 from shared.child import ChildFailed, Json, Progress
 from shared.errors import Continue, Unavailable, Unprocessable
+from shared.idempotency import stored
 from shared.log import get_logger
 from shared.messages import TrainingRequest
 from shared.objects import ObjectStore
-from shared.once import stored
 from shared.queue import Publish, remaining_s
 
 MAX_ATTEMPTS = 3
@@ -67,7 +67,7 @@ class Run:
     async def rounds(self) -> list[StoredRound]:
         """Return the completed rounds."""
         rounds: list[StoredRound] = []
-        while done := await stored(self.ports.objects, self.evaluation_key(len(rounds) + 1), StoredRound):
+        while done := await stored(self.evaluation_key(len(rounds) + 1), StoredRound, objects=self.ports.objects):
             rounds.append(done)
         return rounds
 
@@ -77,7 +77,7 @@ class Run:
 
     async def state(self, number: int) -> StoredState:
         """Return how often round `number` was tried. Raises `CannotTrain` where that was often enough."""
-        state = await stored(self.ports.objects, f"{self.folder}/state.json", StoredState)
+        state = await stored(f"{self.folder}/state.json", StoredState, objects=self.ports.objects)
         if state is None or state.round != number:  # what is stored of another round no longer counts
             state = StoredState(round=number)
         return _checked(state)

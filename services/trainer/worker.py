@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.trainer import distributed, products
+from services.trainer import distributed
 from services.trainer.config import TrainingConfig
-from services.trainer.evaluation import evaluate
-from services.trainer.features import RANDCONV, load_extractor
-from services.trainer.images import load_images
+from services.trainer.data.images import load_images
+from services.trainer.evaluation.evaluate import evaluate
+from services.trainer.evaluation.features import RANDCONV, load_extractor
+from services.trainer.gan.networks import Generator
+from services.trainer.gan.reference_step import Training
+from services.trainer.gan.training import Diverged, Progress, generate_images, resume, start, state_of, train_gan
 from services.trainer.jsconfig import read_config
-from services.trainer.networks import Generator
-from services.trainer.reference import Training
-from services.trainer.training import Diverged, Progress, generate_images, resume, start, state_of, train_gan
+from services.trainer.products import generation
 from shared.child import Json
 from shared.child import Progress as Tell
 from shared.errors import Unprocessable
@@ -198,7 +199,7 @@ def evaluate_round(
     if extractor is not None:
         space = load_extractor(Path(extractor["path"]), extractor["sha256"], size=extractor["size"], device=where)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    average = products.generator_of(parameters, state["average"]).to(where)
+    average = generation.generator_of(parameters, state["average"]).to(where)
 
     # As many of each class as the real images have that they are compared with.
     judged = _generate(average, EVALUATED_PER_HELD_OUT * len(unseen), EVALUATION_SEED, where, labels)
@@ -206,15 +207,15 @@ def evaluate_round(
     if judged.isfinite().all():
         evaluation = evaluate(unseen, judged, real, space, where)
         shown = _generate(
-            average, products.GRID_IMAGES, SAMPLE_SEED, where, products.labels_of(average, products.GRID_IMAGES)
+            average, generation.GRID_IMAGES, SAMPLE_SEED, where, generation.labels_of(average, generation.GRID_IMAGES)
         )
-        products.save_grid(shown, Path(out) / "images.png")
+        generation.save_grid(shown, Path(out) / "images.png")
     return {"evaluation": evaluation, "seconds": round(time.monotonic() - began_at, 3)}
 
 
 def generate(*, device: str, threads: int, **asked: Any) -> Json:
-    """Write the products of a training: what `products.generate` takes, and where to compute."""
-    return products.generate(device=_device(device, threads), **asked)
+    """Write the products of a training: what `generation.generate` takes, and where to compute."""
+    return generation.generate(device=_device(device, threads), **asked)
 
 
 def _generate(average: Generator, n_images: int, seed: int, device: torch.device, labels: Tensor | None) -> Tensor:

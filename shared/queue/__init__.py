@@ -31,7 +31,8 @@ sqs:SendMessage on the queue; sqs:SendMessage on its dead-letter queue and on th
 queue needs a redrive policy with a high maxReceiveCount (50): it is only the backstop.
 """
 
-from shared.queue.consumer import Handler, consume, receive_count, remaining_s
+from shared.delivery import receive_count, remaining_s
+from shared.queue.consumer import Handler, consume
 from shared.queue.fates import Fate, fate_of
 from shared.queue.publisher import Publish, Publisher
 

@@ -6,13 +6,14 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from shared import delivery
 from shared import metrics as declared
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.config import ServiceSettings
 from shared.errors import Claimed, Unprocessable
 from shared.log import get_logger
@@ -22,7 +23,7 @@ from shared.queue.circuit import Circuit
 from shared.queue.deletes import Deleter
 from shared.queue.fates import Fate, dead_letter_attributes, fate_of, is_bug, reason_of, retry_delay_s, why_of
 from shared.queue.leases import LeaseKeeper
-from shared.queue.sqs import AWS_ERRORS, BATCH, Received, SqsQueue, code_of, open_queue
+from shared.queue.sqs import BATCH, Received, SqsQueue, open_queue
 from shared.queue.trace import handling
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ LEVELS = {
 
 Handler = Callable[[Any], Awaitable[None]]
 log = get_logger()
-_handled: ContextVar[Received | None] = ContextVar("handled", default=None)
 
 
 async def consume(
@@ -65,21 +65,6 @@ async def consume(
     consumer = _Consumer(handlers, await open_queue(sqs, queue), settings, stop, metrics)
     log.info("queue.consuming", queue=queue)
     await consumer.run()
-
-
-def remaining_s() -> float:
-    """Return how long the message being handled can still be held: SQS ends that 12 hours after it was received.
-
-    A handler that needs longer saves its state and raises `Continue`.
-    """
-    message = _handled.get()
-    return math.inf if message is None else message.ends_at - asyncio.get_running_loop().time()
-
-
-def receive_count() -> int:
-    """Return how often the message being handled was received, this time included."""
-    message = _handled.get()
-    return 1 if message is None else message.receive_count
 
 
 @dataclass(slots=True)
@@ -190,7 +175,7 @@ class _Consumer:
 
     async def _handle(self, message: Received) -> None:
         structlog.contextvars.bind_contextvars(message_id=message.message_id, receive_count=message.receive_count)
-        _handled.set(message)
+        delivery.current.set(delivery.Delivery(message.receive_count, message.ends_at))
         started = time.monotonic()
         error: BaseException | None = None
         try:

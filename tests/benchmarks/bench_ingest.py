@@ -33,11 +33,11 @@ from pydicom.encaps import encapsulate
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import JPEG2000Lossless, generate_uid
 
-from cli.phantom import write_ct_series
 from services.ingest.decoder import Decoder
 from services.ingest.settings import IngestSettings
 from shared.aws import connect
 from shared.objects import ObjectStore
+from shared.phantom import write_ct_series
 from tests.conftest import ROOT, start_local_aws
 
 SIZE = 64

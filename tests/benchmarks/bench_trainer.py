@@ -12,8 +12,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from services.trainer.features import randconv_features
-from services.trainer.frechet import frechet_distance, trace_by_cholesky
+from services.trainer.evaluation.features import randconv_features
+from services.trainer.evaluation.frechet import frechet_distance, trace_by_cholesky
 
 D = 2048
 REPEATS = 5

@@ -24,17 +24,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from cli.phantom import volumes
 from services.ingest.arrays import shrink
-from services.trainer import reference
-from services.trainer.config import TrainingConfig, Value
-from services.trainer.evaluation import evaluate
-from services.trainer.fast import CUDA_GRAPHS, Step, fast_step
-from services.trainer.features import RANDCONV
+from services.trainer.config import DEFAULT_CONFIG, TrainingConfig, Value
+from services.trainer.evaluation.evaluate import evaluate
+from services.trainer.evaluation.features import RANDCONV
+from services.trainer.gan import reference_step as reference
+from services.trainer.gan.compiled_step import CUDA_GRAPHS, Step, fast_step
+from services.trainer.gan.reference_step import PENALTY_EVERY, reference_step
+from services.trainer.gan.training import generate_images, start, train_gan
 from services.trainer.jsconfig import modify_config, read_config
-from services.trainer.reference import PENALTY_EVERY, reference_step
-from services.trainer.rounds import DEFAULT_CONFIG
-from services.trainer.training import generate_images, start, train_gan
+from shared.phantom import volumes
 
 ROOT = Path(__file__).parent.parent.parent
 X_RAYS = Path(os.environ.get("RADQUEUE_TEST_DATA", ROOT.parent / "shared" / "data")) / "gan_mednist64" / "CXR.tar"

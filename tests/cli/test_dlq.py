@@ -18,6 +18,7 @@ from cli.client import Client
 from cli.main import app
 from shared.errors import Unprocessable
 from shared.messages import ReportRequest, ReportRequested
+from shared.operations import dead_letters
 from shared.queue import consume
 from shared.queue.fates import dead_letter_attributes
 
@@ -26,9 +27,9 @@ NAME = "Müller^Anna"
 POISON = f'{{"specversion": "1.0", "type": "{NAME}", "PatientName": "{NAME}", "id": '
 KILLED = """
 import os, signal, sys
-from cli import dlq
 from cli.client import Client
 from cli.main import app
+from shared.operations import dead_letters
 
 make, moment = Client._client, sys.argv.pop(1)
 
@@ -38,7 +39,7 @@ def client(self, service):
     return made
 
 Client._client = client
-dlq.HOLD_S = 1
+dead_letters.HOLD_S = 1
 app(prog_name="radqueue")
 """
 
@@ -171,7 +172,8 @@ async def test_what_the_runtime_dead_letters_is_listed_with_its_reason(aws, own_
 
     assert told == {"object_gone": [{"place": "3f2a", "count": 1}], "not_json": []}
     assert (
-        set(dead_letter_attributes(Unprocessable("x", "y"), 1)) | set(dead_letter_attributes(KeyError(), 3)) == dlq.TOLD
+        set(dead_letter_attributes(Unprocessable("x", "y"), 1)) | set(dead_letter_attributes(KeyError(), 3))
+        == dead_letters.TOLD
     )
 
 

@@ -6,15 +6,17 @@ from datetime import UTC, datetime
 import pytest
 
 from cli import show
-from cli.client import Client, Refused
-from cli.journey import Journey
-from cli.orders import Training, training_request
-from cli.phantom import Patient, write_ct_series
-from cli.uploads import collect, instances
+from cli.client import Client
+from cli.study.journey import Journey
+from cli.study.uploads import collect, instances
+from cli.training.following import Training
+from cli.training.requests import training_request
 from services.inference.reasons import REASONS
 from services.inference.records import result_prefix
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key
 from shared.messages import Geometry, InferenceTask
+from shared.operations.refused import Refused
+from shared.phantom import Patient, write_ct_series
 
 EVALUATION = {
     "metric": "FD",
@@ -327,7 +329,7 @@ def test_a_series_that_waits_for_long_tells_where_to_look(client, uploaded, monk
     journey = Journey(client, uploaded[0])
     journey.look()
     soon = journey.hints()
-    monkeypatch.setattr("cli.journey.HINT_AFTER_S", -1)
+    monkeypatch.setattr("cli.study.journey.HINT_AFTER_S", -1)
 
     assert soon == []
     assert "de-identified" in journey.hints()[0]

@@ -10,8 +10,8 @@ import pydicom
 import pytest
 from pydicom import dcmread
 
-from cli.phantom import write_ct_series
 from services.ingest.reasons import REASONS
+from shared.phantom import write_ct_series
 
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files"
 PATIENT = "Secretperson^Jane"

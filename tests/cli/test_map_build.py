@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from services.inference.engine import Engine, Mount
+from services.inference.package.engine import Engine, Mount
 from tests.cli.conftest import ROOT, plain_environ
 from tests.inference.conftest import CONTAINER_BASE, RUN_AS
 
@@ -260,7 +260,7 @@ def test_without_a_builder_the_context_is_written(tmp_path):
     assert {path.name for path in context.iterdir()} == {
         *("Dockerfile", "app", "app.json", "app.yaml", "docs", "models", "pkg.json", "tools"),
     }
-    assert Path(context, "tools").read_bytes() == Path(ROOT, "cli", "mapentry.py").read_bytes()
+    assert Path(context, "tools").read_bytes() == Path(ROOT, "cli", "map", "entrypoint.py").read_bytes()
 
 
 def test_a_folder_that_is_no_application_is_not_built(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from cli.phantom import Patient, write_ct_series
+from shared.phantom import Patient, write_ct_series
 from tests.cli.conftest import ROOT, plain_environ
 
 CT_TISSUES = ROOT / "maps" / "ct_tissues"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cli import mapentry
+from cli.map import entrypoint
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def start(tmp_path):
             "HOLOSCAN_APP_MANIFEST_PATH": str(tmp_path / "app.json"),
             "HOLOSCAN_TIMEOUT": str(timeout_s),
         }
-        command = [sys.executable, "-I", mapentry.__file__, *arguments]
+        command = [sys.executable, "-I", entrypoint.__file__, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, env=environ, **pipes))
         return started[-1]
@@ -53,15 +53,15 @@ def test_an_application_that_takes_too_long_is_asked_to_end_and_killed(start):
     code = "import signal, time; signal.signal(15, lambda *_: print('asked')); print('begun')\nwhile 1: time.sleep(9)"
     ended = start(code, timeout_s=3)
 
-    assert ended.wait(60) == mapentry.EXIT_TIMEOUT
+    assert ended.wait(60) == entrypoint.EXIT_TIMEOUT
     assert ended.stdout.read() == b"begun\nasked\n"
     assert b"ended after 3 s" in ended.stderr.read()
 
 
 def test_what_the_entrypoint_does_not_have_is_told(start):
     """An unknown manifest, and a folder to extract to that is not mounted, are wrong usage."""
-    assert start("", "show", "nothing").wait(30) == mapentry.EXIT_USAGE
+    assert start("", "show", "nothing").wait(30) == entrypoint.EXIT_USAGE
     unmounted = start("", "extract")
 
-    assert unmounted.wait(30) == mapentry.EXIT_USAGE
+    assert unmounted.wait(30) == entrypoint.EXIT_USAGE
     assert b"/var/run/holoscan/export" in unmounted.stderr.read()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from cli.phantom import write_ct_series
+from shared.phantom import write_ct_series
 from tests.cli.conftest import plain_environ
 
 EXAMPLES = os.environ.get("RADQUEUE_SDK_EXAMPLES")

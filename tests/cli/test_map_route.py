@@ -5,10 +5,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from cli import map_route
 from cli.client import Client
-from cli.phantom import write_ct_series
+from cli.map import route
 from shared.dicom import Geometry, Revision, StoredInstance
+from shared.phantom import write_ct_series
 
 TABLE = """
 maps:
@@ -96,8 +96,8 @@ def test_a_stored_study_is_routed_by_its_newest_revisions(radqueue, local_aws, t
 )
 def test_a_condition_is_told_in_words(condition, words):
     """Nobody has to read how this program writes down a condition."""
-    assert map_route._wish(condition) == words
-    assert [map_route._fact(one) for one in (None, "", ["A", "B"], 3)] == ["missing", "missing", "has A, B", "has 3"]
+    assert route._wish(condition) == words
+    assert [route._fact(one) for one in (None, "", ["A", "B"], 3)] == ["missing", "missing", "has A, B", "has 3"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pydicom import dcmread
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
-from cli.phantom import write_ct_series
 from cli.pictures import COLOURS, GAP, SCALE, TILE, Mismatch, overlay, side_by_side
+from shared.phantom import write_ct_series
 
 N_SLICES, SIZE = 5, 64
 

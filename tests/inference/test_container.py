@@ -13,8 +13,9 @@ from dataclasses import replace
 import pydicom
 import pytest
 
-from services.inference.maps import load
-from services.inference.runner import ROOT, Bounds, MapRunner, Serving
+from services.inference.package.maps import load
+from services.inference.serving.runner import Bounds, MapRunner, Serving
+from tests.conftest import ROOT
 from tests.inference.conftest import APP
 
 LOOK_AROUND = """
@@ -133,9 +134,9 @@ async def test_a_killed_worker_leaves_no_container(engine, image):
     code = textwrap.dedent(
         f"""
         import asyncio, tempfile, pathlib
-        from services.inference.engine import Engine
-        from services.inference.maps import load
-        from services.inference.runner import MapRunner, Serving, Study
+        from services.inference.package.engine import Engine
+        from services.inference.package.maps import load
+        from services.inference.serving.runner import MapRunner, Serving, Study
         engine = Engine({engine.kind!r}, {engine.program!r}, {engine.arguments!r})
         found = load("hang", {hanging.image.reference!r}, engine=engine)
         runner = MapRunner([found], serving={{"hang": Serving(isolation="process")}})

@@ -13,10 +13,10 @@ import uuid
 
 import pytest
 
-from services.inference import engine as engines
-from services.inference.engine import Engine, EngineFailed, Mount, ecr_authorization, ecr_of
-from services.inference.manifests import Needs
-from services.inference.maps import load
+from services.inference.package import engine as engines
+from services.inference.package.engine import Engine, EngineFailed, Mount, ecr_authorization, ecr_of
+from services.inference.package.manifests import Needs
+from services.inference.package.maps import load
 from shared.config import Misconfigured
 
 ECR = "123456789012.dkr.ecr.eu-central-1.amazonaws.com"

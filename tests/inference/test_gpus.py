@@ -7,19 +7,19 @@ from contextlib import closing
 
 import pytest
 
-from services.inference import gpus
-from services.inference.gpus import MIB, Gpu, Share, parse
-from services.inference.manifests import Needs
-from services.inference.runner import ROOT
+from services.inference.package.manifests import Needs
+from services.inference.serving import gpus
+from services.inference.serving.gpus import MIB, Gpu, Share, parse
 from shared.config import Misconfigured
+from tests.conftest import ROOT
 
 TWO = [Gpu("0", "GPU-a", 16_000 * MIB), Gpu("1", "GPU-b", 80_000 * MIB)]
 
 HOLD = """
 import sys
 from pathlib import Path
-from services.inference import gpus
-from services.inference.manifests import Needs
+from services.inference.serving import gpus
+from services.inference.package.manifests import Needs
 gpus.installed = lambda: [gpus.Gpu("0", "GPU-a", 16_000 * gpus.MIB)]
 share = gpus.Share(Path(sys.argv[1]), ())
 assert share.cover([Needs(gpu=1, gpu_memory_bytes=12_000 * gpus.MIB)])

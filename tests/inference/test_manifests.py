@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from services.inference.manifests import BrokenMap, Needs, read_app_yaml, read_manifests, size_of
+from services.inference.package.manifests import BrokenMap, Needs, read_app_yaml, read_manifests, size_of
 
 APP = {
     "apiVersion": "1.0.0",

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from services.inference import maps
-from services.inference.maps import digest_of, files_of, is_image, load, models_of
+from services.inference.package import maps
+from services.inference.package.maps import digest_of, files_of, is_image, load, models_of
 from shared.config import Misconfigured
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.inference.requirements import Compared, compare
+from services.inference.package.requirements import Compared, compare
 
 INSTALLED = {"numpy": "2.4.1", "monai-deploy-app-sdk": "4.0.0", "torch": "2.13.0+cpu", "beta": "2.0b1"}
 ENVIRONMENT = {"python_version": "3.11", "sys_platform": "linux"}

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from services.inference import maphost
-from services.inference.maps import load
-from services.inference.runner import (
+from services.inference.package.maps import load
+from services.inference.serving import maphost
+from services.inference.serving.runner import (
     GpuLost,
     MapRunner,
     _run_of,

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from services.inference import runner as runner_module
-from services.inference.maps import load
-from services.inference.runner import (
+from services.inference.package.maps import load
+from services.inference.serving import runner as runner_module
+from services.inference.serving.runner import (
     LOG_END_BYTES,
     LOG_HEAD_BYTES,
     MapRunner,

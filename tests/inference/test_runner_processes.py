@@ -8,8 +8,8 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from services.inference.maps import load
-from services.inference.runner import (
+from services.inference.package.maps import load
+from services.inference.serving.runner import (
     MapChanged,
     MapRunner,
     Serving,

@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydicom.uid import generate_uid
 
-from services.inference import studies
+from services.inference import stable_studies
 from services.inference.handler import infer, route
 from services.inference.records import Routing, StudyRouting, result_prefix, routing_prefix
-from services.inference.studies import Quiet, settle
+from services.inference.stable_studies import Quiet, settle
 from shared.errors import Unprocessable
 from shared.messages import InferenceCompleted, InferenceRequested, InferenceSkipped, StudySettling
 
@@ -188,7 +188,7 @@ async def test_a_late_series_makes_a_new_request_that_supersedes_the_first(worke
     clock.pass_s(120)
     await settle(publish.of(StudySettling)[-1], **given)
     early, whole = publish.of(InferenceRequested)
-    superseded = [await studies.is_superseded(asked.data, worker.objects) for asked in (early, whole)]
+    superseded = [await stable_studies.is_superseded(asked.data, objects=worker.objects) for asked in (early, whole)]
     await infer(early, **(worker.for_infer | {"maps": given["maps"]}))
 
     assert [len(asked.data.inputs) for asked in (early, whole)] == [1, 2]
@@ -215,7 +215,9 @@ async def test_what_was_decided_stands(worker, given, clock, publish, study_uid)
 
 async def test_a_study_that_is_gone_can_never_settle(given, publish, study_uid, clock):
     """A message about a study that was removed is for the dead-letter queue."""
-    await studies.expect_settling(study_uid, **{key: given[key] for key in ("objects", "publish", "clock", "quiet")})
+    await stable_studies.expect_settling(
+        study_uid, **{key: given[key] for key in ("objects", "publish", "clock", "quiet")}
+    )
     clock.pass_s(120)
     with pytest.raises(Unprocessable, match="study_gone"):
         await settle(publish.of(StudySettling)[0], **given)

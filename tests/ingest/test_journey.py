@@ -12,7 +12,7 @@ import pytest
 from pydicom import dcmread
 
 from services.ingest.handler import handle_uploads
-from services.ingest.settling import handle_settling
+from services.ingest.stable_series import handle_settling
 from shared.concurrency import KeyedLocks
 from shared.dicom import Revision, instance_key, series_prefix
 from shared.errors import Claimed, Unprocessable

@@ -16,7 +16,7 @@ from services.ingest.deidentification import Option, keyed_uid, pseudonym
 from services.ingest.handler import handle_uploads
 from services.ingest.protection import protect
 from services.ingest.reading import Caps, normalise
-from services.ingest.settling import handle_settling
+from services.ingest.stable_series import handle_settling
 from shared.dicom import Revision, digest_of
 from shared.messages import SeriesReady, SeriesSettling, UploadRejected
 from tests.ingest.conftest import SECRET, Maker, part_10

@@ -14,7 +14,7 @@ import pytest
 
 from services.ingest.decoder import Decoder
 from services.ingest.handler import handle_uploads
-from services.ingest.settling import expect_settling, handle_settling
+from services.ingest.stable_series import expect_settling, handle_settling
 from shared.child import ChildFailed
 from shared.dicom import instance_key
 from shared.errors import Unprocessable

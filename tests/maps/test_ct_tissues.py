@@ -15,7 +15,7 @@ import pydicom
 import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage, generate_uid
 
-from cli.phantom import Patient, write_ct_series
+from shared.phantom import Patient, write_ct_series
 
 ROOT = Path(__file__).parents[2]
 APP = ROOT / "maps" / "ct_tissues"

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from services.trainer.augmentation import ANGLE, DRAWS, SHIFT, TARGET, adapted, augment
 from services.trainer.config import MAX_AUGMENTATION
+from services.trainer.gan.augmentation import ANGLE, DRAWS, SHIFT, TARGET, adapted, augment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS, NEVER = torch.tensor(1.0), torch.tensor(0.0)

@@ -13,9 +13,9 @@ from pydicom import dcmread
 from typer.testing import CliRunner
 
 from cli.main import app
+from services.trainer.config import DEFAULT_CONFIG
 from services.trainer.progress import shown
 from services.trainer.records import StoredPlan
-from services.trainer.rounds import DEFAULT_CONFIG
 from services.trainer.run import Ports, Run
 from tests.trainer.trainers import WITHIN_S, document, put_series, requested
 

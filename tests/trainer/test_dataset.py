@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer import dataset
-from services.trainer.dataset import (
+from services.trainer.data import manifest
+from services.trainer.data.images import AT_ONCE, load_images
+from services.trainer.data.manifest import (
     Array,
     Manifest,
     NotNormalised,
@@ -18,8 +19,7 @@ from services.trainer.dataset import (
     split,
     summary_of,
 )
-from services.trainer.images import AT_ONCE, load_images
-from services.trainer.products import image_grid
+from services.trainer.products.generation import image_grid
 from shared.errors import Unprocessable
 from tests.examples import examples
 
@@ -112,7 +112,7 @@ def test_patients_of_two_classes_are_divided_so_that_both_sides_have_both():
 
 def test_a_patient_of_a_rare_class_counts_for_a_common_one():
     """No more patients are kept back because some of them have images of two classes."""
-    draws = list(dataset._draws("d", "abcdefgh", [range(8), [2, 5]]))
+    draws = list(manifest._draws("d", "abcdefgh", [range(8), [2, 5]]))
 
     assert {len(kept_back) for kept_back in draws} == {2}
 

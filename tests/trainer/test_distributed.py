@@ -13,9 +13,9 @@ from torch import multiprocessing
 from services.trainer.__main__ import TOGETHER
 from services.trainer.config import TrainingConfig
 from services.trainer.distributed import agreed
+from services.trainer.gan.reference_step import PENALTY_EVERY, Training, reference_step
+from services.trainer.gan.training import start as started
 from services.trainer.jsconfig import modify_config, read_config
-from services.trainer.reference import PENALTY_EVERY, Training, reference_step
-from services.trainer.training import start as started
 from shared.child import MARK, _kill_marked, _marked
 from shared.errors import Continue
 from tests.trainer.trainers import TINY, requested, until

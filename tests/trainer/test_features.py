@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from services.trainer.features import INCEPTION, embed, load_extractor
-from services.trainer.frechet import calculate_fid
+from services.trainer.evaluation.features import INCEPTION, embed, load_extractor
+from services.trainer.evaluation.frechet import calculate_fid
 from shared.errors import Unprocessable
 
 # The published Inception is a TorchScript file, whatever torch would like best.

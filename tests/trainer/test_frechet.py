@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from services.trainer.features import randconv_features
-from services.trainer.frechet import calculate_fid, frechet_distance
+from services.trainer.evaluation.features import randconv_features
+from services.trainer.evaluation.frechet import calculate_fid, frechet_distance
 from tests.examples import examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,13 +8,13 @@ import structlog
 import torch
 from PIL import Image
 
-from services.trainer import run, training, worker
-from services.trainer.config import TrainingConfig
+from services.trainer import run, worker
+from services.trainer.config import DEFAULT_CONFIG, TrainingConfig
+from services.trainer.gan import training
+from services.trainer.gan.networks import Generator, build_gan_model
+from services.trainer.gan.training import generate_images
 from services.trainer.jsconfig import modify_config, read_config
-from services.trainer.networks import Generator, build_gan_model
-from services.trainer.rounds import DEFAULT_CONFIG
 from services.trainer.settings import TrainerSettings
-from services.trainer.training import generate_images
 from shared.config import Misconfigured, load
 from shared.errors import Claimed, Continue, Unavailable, Unprocessable
 from shared.messages import TrainingCompleted, TrainingFailed, TrainingRoundCompleted

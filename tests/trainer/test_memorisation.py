@@ -4,7 +4,7 @@ import torch
 from scipy.stats import nhypergeom
 from torch.nn import functional
 
-from services.trainer.memorisation import chance_of, find_copies, nearest
+from services.trainer.evaluation.memorisation import chance_of, find_copies, nearest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

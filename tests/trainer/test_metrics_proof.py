@@ -14,9 +14,9 @@ from pydicom import dcmread
 from torch import Tensor
 from torch.nn import functional
 
-from services.trainer.features import RANDCONV, embed
-from services.trainer.frechet import Distance, distance_in
-from services.trainer.quality import Quality, assess
+from services.trainer.evaluation.features import RANDCONV, embed
+from services.trainer.evaluation.frechet import Distance, distance_in
+from services.trainer.evaluation.quality import Quality, assess
 
 ROOT = Path(__file__).parent.parent.parent
 X_RAYS = Path(os.environ.get("RADQUEUE_TEST_DATA", ROOT.parent / "shared" / "data")) / "gan_mednist64" / "CXR.tar"

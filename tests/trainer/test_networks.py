@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from services.trainer.config import TrainingConfig
+from services.trainer.gan.networks import build_gan_model
 from services.trainer.jsconfig import modify_config, read_config
-from services.trainer.networks import build_gan_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHIPPED = Path("services/trainer/config.js").read_text(encoding="utf-8")

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from services.trainer import policy
-from services.trainer.policy import RULES, Goal, Observation, Situation, accepts, best_round, decide, why_not
+from services.trainer.strategy import policy
+from services.trainer.strategy.policy import RULES, Goal, Observation, Situation, accepts, best_round, decide, why_not
 
 CONFIG = {"learningRate": 1e-3, "gamma": 3.0, "steps": 100, "augmentation": 0.1}
 GOAL = Goal(threshold=2.0)

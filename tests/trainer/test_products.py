@@ -17,11 +17,12 @@ from pydicom.pixels.processing import apply_modality_lut
 from services.ingest.reading import Caps
 from services.ingest.reading import normalise as read_by_ingest
 from services.ingest.series import describe
-from services.trainer import curves, products, tensorboard
 from services.trainer.config import TrainingConfig
+from services.trainer.data.units import Units
+from services.trainer.gan.training import start, state_of
 from services.trainer.jsconfig import modify_config, read_config
-from services.trainer.secondary_capture import Origin, Units, instance
-from services.trainer.training import start, state_of
+from services.trainer.products import curves, generation, tensorboard
+from services.trainer.products.secondary_capture import Origin, instance
 from shared.dicom import is_uid
 
 TINY = {"imageSize": 16, "width": 2, "latentDim": 4, "batchSize": 4, "steps": 3, "seed": 7}
@@ -40,7 +41,7 @@ ROUNDS = [{"losses": LOSSES, "told": {"evaluation": EVALUATION, "config": {"step
 
 
 def checkpoint(folder: Path, *, n_classes: int = 0) -> dict:
-    """Write config.js and a checkpoint; returns what `products.generate` is to be asked."""
+    """Write config.js and a checkpoint; returns what `generation.generate` is to be asked."""
     text = modify_config(Path("services/trainer/config.js").read_text("utf-8"), TINY)
     (folder / "config.js").write_text(text, "utf-8")
     torch.save(
@@ -62,7 +63,7 @@ def checkpoint(folder: Path, *, n_classes: int = 0) -> dict:
 def made(folder: Path, name: str = "out", **options) -> tuple[dict, Path]:
     out = folder / name
     out.mkdir()
-    return products.generate(**checkpoint(folder, **options), out=str(out)), out
+    return generation.generate(**checkpoint(folder, **options), out=str(out)), out
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -113,20 +114,20 @@ def test_generator_is_read_as_tensors_and_only_as_described(tmp_path):
     """What was written is read back with the same weights; a file with another hash or other parameters is refused."""
     told, out = made(tmp_path, n_classes=2)
     config = read_config((tmp_path / "config.js").read_text("utf-8"))
-    generator = products.load_generator(out / "generator.pt", told["sha256"], config)
-    labels = products.labels_of(generator, 5)
-    images = products.draw(generator, 5, labels, seed=told["seed"], device=CPU)
+    generator = generation.load_generator(out / "generator.pt", told["sha256"], config)
+    labels = generation.labels_of(generator, 5)
+    images = generation.draw(generator, 5, labels, seed=told["seed"], device=CPU)
 
     assert np.array_equal(images[:, 0].numpy(), np.load(out / "images.npy"))
-    with pytest.raises(products.WrongModel, match="sha256"):
-        products.load_generator(out / "generator.pt", "0" * 64, config)
-    with pytest.raises(products.WrongModel, match="does not fit"):
-        products.load_generator(out / "generator.pt", told["sha256"], config | {"width": 3})
-    with pytest.raises(products.WrongModel, match="does not fit"):
-        products.load_generator(out / "generator.pt", told["sha256"], {})
+    with pytest.raises(generation.WrongModel, match="sha256"):
+        generation.load_generator(out / "generator.pt", "0" * 64, config)
+    with pytest.raises(generation.WrongModel, match="does not fit"):
+        generation.load_generator(out / "generator.pt", told["sha256"], config | {"width": 3})
+    with pytest.raises(generation.WrongModel, match="does not fit"):
+        generation.load_generator(out / "generator.pt", told["sha256"], {})
     (out / "generator.pt").write_bytes(b"")
-    with pytest.raises(products.WrongModel, match="does not fit"):
-        products.load_generator(out / "generator.pt", hashlib.sha256(b"").hexdigest(), config)
+    with pytest.raises(generation.WrongModel, match="does not fit"):
+        generation.load_generator(out / "generator.pt", hashlib.sha256(b"").hexdigest(), config)
 
 
 def test_interpolation_walks_from_one_image_to_another_on_the_sphere(tmp_path):
@@ -136,12 +137,12 @@ def test_interpolation_walks_from_one_image_to_another_on_the_sphere(tmp_path):
     generator = start(TrainingConfig.of(read_config(text)), CPU).gan.average
     seen = []
     generator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    products.interpolation(generator, seed=1, device=CPU)
-    lengths = seen[0].norm(dim=1).reshape(products.WALKS, products.STEPS)
-    ends = torch.randn(2, products.WALKS, 512, generator=torch.Generator().manual_seed(1))
+    generation.interpolation(generator, seed=1, device=CPU)
+    lengths = seen[0].norm(dim=1).reshape(generation.WALKS, generation.STEPS)
+    ends = torch.randn(2, generation.WALKS, 512, generator=torch.Generator().manual_seed(1))
 
-    assert torch.allclose(seen[0][:: products.STEPS], ends[0], atol=1e-4)
-    assert torch.allclose(seen[0][products.STEPS - 1 :: products.STEPS], ends[1], atol=1e-4)
+    assert torch.allclose(seen[0][:: generation.STEPS], ends[0], atol=1e-4)
+    assert torch.allclose(seen[0][generation.STEPS - 1 :: generation.STEPS], ends[1], atol=1e-4)
     assert ((lengths / 512**0.5 - 1).abs() < 0.15).all()
 
 

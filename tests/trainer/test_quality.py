@@ -6,9 +6,9 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from services.trainer.features import Embedded
-from services.trainer.frechet import distance_in
-from services.trainer.quality import (
+from services.trainer.evaluation.features import Embedded
+from services.trainer.evaluation.frechet import distance_in
+from services.trainer.evaluation.quality import (
     Quality,
     assess,
     directions,

@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from services.trainer.policy import Goal, Observation, Situation
 from services.trainer.reasons import CannotTrain
 from services.trainer.rounds import modify
 from services.trainer.run import Run
-from services.trainer.search import decide
+from services.trainer.strategy.optuna_search import decide
+from services.trainer.strategy.policy import Goal, Observation, Situation
 from tests.trainer.trainers import requested
 
 FIRST = {"learningRate": 1e-3, "gamma": 3.0, "steps": 100, "augmentation": 0.1, "seed": 0}

@@ -7,10 +7,9 @@ import torch
 from torch.nn import functional
 
 from services.trainer.config import TrainingConfig
-from services.trainer.fast import fast_step
-from services.trainer.jsconfig import modify_config, read_config
-from services.trainer.networks import build_gan_model
-from services.trainer.reference import (
+from services.trainer.gan.compiled_step import fast_step
+from services.trainer.gan.networks import build_gan_model
+from services.trainer.gan.reference_step import (
     Training,
     annealed,
     decay_of,
@@ -20,7 +19,8 @@ from services.trainer.reference import (
     squared_slopes,
     update_average,
 )
-from services.trainer.training import Diverged, generate_images, resume, start, state_of, train_gan
+from services.trainer.gan.training import Diverged, generate_images, resume, start, state_of, train_gan
+from services.trainer.jsconfig import modify_config, read_config
 
 CPU = torch.device("cpu")
 SHIPPED = Path("services/trainer/config.js").read_text(encoding="utf-8")
