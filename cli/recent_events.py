@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-from cli.client import Client, Stored, now
+from cli.client import Client, now
 from shared import keys
 from shared.errors import Unprocessable
 from shared.messages import (
@@ -19,6 +19,7 @@ from shared.messages import (
     UploadRejected,
     decode,
 )
+from shared.objects import ObjectSummary
 
 DAYS = 2
 LISTED = 5_000
@@ -43,7 +44,7 @@ def recent(client: Client) -> dict[str, list[dict[str, Any]]]:
 
 def _events(client: Client) -> list[Event]:
     """Return the events of the log's newest objects, the newest first, each once."""
-    objects: list[Stored] = []
+    objects: list[ObjectSummary] = []
     for day in range(DAYS):
         date = (now() - timedelta(days=day)).date()
         objects += client.stored(keys.events_of_day(f"{date}"), at_most=LISTED)

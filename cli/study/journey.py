@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cli.client import Client, Refused, Stored
+from cli.client import Client
 from cli.study.uploads import Instance, Upload, instances
 from services.inference.reasons import explained
 from shared import keys
@@ -24,6 +24,8 @@ from shared.documents.inference import Failure, Result, StudyRouting
 from shared.documents.revisions import Revision
 from shared.keys import ResultKeys
 from shared.messages import InferenceOutput, SeriesRef
+from shared.objects import ObjectSummary
+from shared.operations.refused import Refused
 
 POLL_S = 1.0
 HINT_AFTER_S = 30.0
@@ -128,7 +130,7 @@ class Series:
     @property
     def outputs(self) -> list[InferenceOutput]:
         """The instances that the MAPs made."""
-        return [output for outcome in self.maps.values() for output in outputs_of(outcome)]
+        return [output for ended in self.maps.values() for output in outputs_of(ended)]
 
     def summary(self) -> dict[str, Any]:
         """Return what `--json` prints of it."""
@@ -144,11 +146,11 @@ class Series:
             "results": [
                 {
                     "map": called,
-                    "outcome": outcome.outcome,
-                    **{name: getattr(outcome, name, None) for name in (*OF_FAILURE, "duration_s")},
-                    "outputs": [output.model_dump(mode="json") for output in outputs_of(outcome)],
+                    "outcome": ended.outcome,
+                    **{name: getattr(ended, name, None) for name in (*OF_FAILURE, "duration_s")},
+                    "outputs": [output.model_dump(mode="json") for output in outputs_of(ended)],
                 }
-                for called, outcome in self.maps.items()
+                for called, ended in self.maps.items()
             ],
             "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
         }
@@ -280,7 +282,7 @@ class Journey:
         if revision is not None and revision.digest != series.digest:
             series.stage, series.digest, series.maps = "settled", revision.digest, {}
 
-    def _find_missing(self, series: Series, found: Sequence[Stored]) -> None:
+    def _find_missing(self, series: Series, found: Sequence[ObjectSummary]) -> None:
         """Look for each instance that is not stored among the refused ones."""
         listed = map(keys.stored_instance, _keys(found))
         stored = {(item.sop_instance_uid, item.sha) for item in listed if item is not None}
@@ -307,7 +309,7 @@ class Journey:
         if series.expected and series.digest is None:
             series.stage = "stored"
 
-    def _newest_revision(self, series: Series, found: Sequence[Stored]) -> Revision | None:
+    def _newest_revision(self, series: Series, found: Sequence[ObjectSummary]) -> Revision | None:
         """Return the newest revision that holds everything uploaded."""
         expected = {(uid, instance.sha) for uid, instance in series.expected.items()}
         for stored in sorted(found, key=lambda item: item.last_modified, reverse=True):
@@ -347,9 +349,10 @@ class Journey:
             starts |= given
             found += [key for start in given.values() for key in _keys(self._client.stored(start))]
         for name, start in starts.items():
-            ended = _ended(found, start) if name not in series.maps else None
-            if ended is not None and (outcome := outcome_of(self._client, ended)):
-                series.maps[name] = outcome
+            place = _ended(found, start) if name not in series.maps else None
+            # A failure may be gone again: its MAP runs once more.
+            if place is not None and (record := self._client.read(place.result) or self._client.read(place.failure)):
+                series.maps[name] = outcome(self._client, place, record)
         series.stage = _stage_of(series, starts, found)
 
     def _study_results(self, series: Series) -> dict[str, str] | None:
@@ -389,24 +392,22 @@ class Journey:
         return written is not None and other is not None and written < other
 
 
-def outcome_of(client: Client, place: ResultKeys) -> Outcome | None:
-    """Return what came of a request; None where a failure is gone: its MAP runs again."""
-    result = client.read(place.result)
-    failure = client.read(place.failure) if result is None else None
-    if failure is None:
-        return result
+def outcome(client: Client, place: ResultKeys, record: Result | Failure) -> Outcome:
+    """Return the `record` of a result as it is; that of a failure with what people want to know."""
+    if isinstance(record, Result):
+        return record
     # What was pushed, and refused, another attempt may have made.
     made = client.read(place.outputs)
-    logs = [place.log(one.attempt) for one in (failure, made) if one is not None]
+    logs = [place.log(one.attempt) for one in (record, made) if one is not None]
     log = next((log for log in logs if client.exists(log)), None)
-    why, remedy = explained(failure.reason_code)
+    why, remedy = explained(record.reason_code)
     url = client.url(log) if log is not None else None
-    return FailedRun(**failure.model_dump(), why=why, remedy=remedy, log_key=log, log=url)
+    return FailedRun(**record.model_dump(), why=why, remedy=remedy, log_key=log, log=url)
 
 
-def outputs_of(outcome: Outcome) -> tuple[InferenceOutput, ...]:
+def outputs_of(ended: Outcome) -> tuple[InferenceOutput, ...]:
     """Return the instances that came of a request."""
-    return outcome.outputs if isinstance(outcome, Result) else ()
+    return ended.outputs if isinstance(ended, Result) else ()
 
 
 def _is_about(rejection: Rejection, member: int) -> bool:
@@ -438,11 +439,11 @@ def _stage_of(series: Series, starts: dict[str, str], found: Sequence[str]) -> s
 
 
 def _end_of(outcomes: Iterable[Outcome]) -> str:
-    ends = {outcome.outcome for outcome in outcomes}
+    ends = {ended.outcome for ended in outcomes}
     if "failed" in ends:
         return "failed"
     return "pushed" if "completed" in ends else "no_match"
 
 
-def _keys(found: Iterable[Stored]) -> list[str]:
+def _keys(found: Iterable[ObjectSummary]) -> list[str]:
     return [stored.key for stored in found]

@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.client import Client, Refused
+from cli.client import Client
 from shared import keys
 from shared.documents.revisions import sha_of
 from shared.keys import COMPLETE, is_uid
+from shared.operations.refused import Refused
 from shared.pydicom_silence import silence
 
 CHUNK_BYTES = 1024 * 1024

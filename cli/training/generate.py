@@ -9,10 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cli.client import Client, Refused, WrongUsage
-from cli.orders import name
+from cli.client import Client
+from cli.names import name
 from shared.documents.training import StoredDescription
 from shared.keys import TrainingKeys
+from shared.operations.refused import Refused, WrongUsage
 
 DESCRIPTION, WEIGHTS = "generator.json", "generator.pt"
 Told = Callable[[int], None]

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import botocore.session
+from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Request, Response
 
 from deploy.local import imagesets
 from deploy.local.healthimaging_imports import ImportJobs
 from deploy.local.imagesets import Datastore, ImageSet, ImageSetStore
-from deploy.local.restjson import ApiError, Route, seconds_of
+from deploy.local.restjson import ApiError, parameters, routes, seconds_of
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -35,8 +36,7 @@ class HealthImagingApplication:
         """Read the service model."""
         self._store = store
         self._jobs = jobs
-        model = botocore.session.Session().get_service_model("medical-imaging")
-        self._routes = [Route.of(model.operation_model(name)) for name in model.operation_names]
+        self._routes = routes(botocore.session.Session().get_service_model("medical-imaging"))
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request."""
@@ -51,25 +51,21 @@ class HealthImagingApplication:
         return response(environ, start_response)
 
     def _respond(self, request: Request) -> Response:
-        route, in_path = self._route(request)
-        name = route.model.name
+        try:
+            operation, in_path = self._routes.bind_to_environ(request).match()
+        except HTTPException:
+            raise ApiError("UnknownOperationException", "no operation has this method and path", 404) from None
+        name = operation.name
         if name in OPERATIONS:
-            answer = OPERATIONS[name](self._store, **route.parameters(request, in_path))
+            answer = OPERATIONS[name](self._store, **parameters(operation, request, in_path))
         elif name in IMPORTS:
-            answer = IMPORTS[name](self._jobs, **route.parameters(request, in_path))
+            answer = IMPORTS[name](self._jobs, **parameters(operation, request, in_path))
         else:
             raise ApiError("NotImplementedException", f"{name} is not implemented by the local AWS", 501)
         if isinstance(answer, bytes):
             headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
             return Response(answer, headers=headers)
         return Response(json.dumps(answer), content_type="application/json")
-
-    def _route(self, request: Request) -> tuple["Route", dict[str, str]]:
-        for route in self._routes:
-            match = route.pattern.fullmatch(request.path)
-            if match and route.method == request.method:
-                return route, match.groupdict()
-        raise ApiError("UnknownOperationException", "no operation has this method and path", 404)
 
 
 def _error(error: ApiError) -> Response:

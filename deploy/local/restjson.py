@@ -6,12 +6,12 @@ length and range a value has.
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, cast
 
-from botocore.model import OperationModel, Shape, StringShape, StructureShape
+from botocore.model import OperationModel, ServiceModel, Shape, StringShape, StructureShape
+from werkzeug.routing import Map, Rule
 from werkzeug.wrappers import Request
 
 ERRORS = {
@@ -33,42 +33,37 @@ class ApiError(Exception):
         self.status = status or ERRORS[code]
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """An operation of the model: how its requests look, and where their parameters are."""
+def routes(service: ServiceModel) -> Map:
+    """Return the map from a path and method to the operation that the model has there."""
+    operations = map(service.operation_model, service.operation_names)
+    return Map([Rule(_rule(one.http["requestUri"]), methods=[one.http["method"]], endpoint=one) for one in operations])
 
-    model: OperationModel
-    method: str
-    pattern: re.Pattern[str]
 
-    @classmethod
-    def of(cls, model: OperationModel) -> "Route":
-        """Turn an operation's URI template into a pattern."""
-        template = re.escape(model.http["requestUri"]).replace(r"\{", "{").replace(r"\}", "}")
-        # A resource's ARN holds slashes, and is the last segment where it occurs.
-        pattern = re.sub(r"{(\w+)}", lambda m: f"(?P<{m[1]}>{'.+' if m[1] == 'resourceArn' else '[^/]+'})", template)
-        return cls(model, model.http["method"], re.compile(pattern))
+def _rule(template: str) -> str:
+    # A resource's ARN holds slashes.
+    return template.replace("{resourceArn}", "<path:resourceArn>").replace("{", "<").replace("}", ">")
 
-    def parameters(self, request: Request, in_path: dict[str, str]) -> dict[str, Any]:
-        """Return the checked parameters by the names that the model gives them."""
-        # Every operation of this service takes parameters.
-        shape = cast("StructureShape", self.model.input_shape)
-        body = _body(request)
-        payload = shape.serialization.get("payload")
-        found: dict[str, Any] = {}
-        for name, member in shape.members.items():
-            location = member.serialization.get("location")
-            wire_name = member.serialization.get("name", name)
-            if location == "uri":
-                value: Any = in_path.get(wire_name)
-            elif location == "querystring":
-                value = _from_text(member, request.args.get(wire_name), name)
-            else:
-                value = (body or None) if name == payload else body.get(wire_name)
-            if value is not None:
-                found[name] = value
-        check(shape, found, "request")
-        return found
+
+def parameters(operation: OperationModel, request: Request, in_path: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checked parameters by the names that the model gives them."""
+    # Every operation of this service takes parameters.
+    shape = cast("StructureShape", operation.input_shape)
+    body = _body(request)
+    payload = shape.serialization.get("payload")
+    found: dict[str, Any] = {}
+    for name, member in shape.members.items():
+        location = member.serialization.get("location")
+        wire_name = member.serialization.get("name", name)
+        if location == "uri":
+            value: Any = in_path.get(wire_name)
+        elif location == "querystring":
+            value = _from_text(member, request.args.get(wire_name), name)
+        else:
+            value = (body or None) if name == payload else body.get(wire_name)
+        if value is not None:
+            found[name] = value
+    check(shape, found, "request")
+    return found
 
 
 def _body(request: Request) -> dict[str, Any]:

@@ -31,6 +31,7 @@ async def window_of(
     config: ArrayConfig,
     source: Mapping[str, str],
     measure: Measure,
+    *,
     objects: ObjectStore,
 ) -> tuple[float, float] | None:
     """Return the dataset's window; where there is none yet, store what `measure` finds. None where it finds none.
@@ -41,11 +42,11 @@ async def window_of(
         Unprocessable: `invalid_record`: what lies under the key is no window.
         Unavailable: S3 does not answer.
     """
-    found = await stored(objects, document)
+    found = await stored(document, objects=objects)
     if found is None:
         window = await measure()
         if window is None:
             return None
         found = DatasetWindow(window=window, config=config.described(), source=source)
-        found = await store_once(objects, document, found)
+        found = await store_once(document, found, objects=objects)
     return found.window

@@ -114,15 +114,15 @@ async def report(
     made = await asyncio.to_thread(tally.report, generated_at=clock())
 
     # Fetch the images.
-    images = await _images(made, objects, largest_image_bytes)
+    images = await _images(made, largest_image_bytes, objects=objects)
 
     # Store: the numbers first, which the page links to.
-    await store(objects, keys.report(month), made)
+    await store(keys.report(month), made, objects=objects)
     await objects.put(keys.report_page(month), await asyncio.to_thread(page, made, images))
     log.info("report.made", month=month, events=made.n_events, repeats=made.n_repeats, unreadable=made.n_unreadable)
 
 
-async def _images(made: Report, objects: ObjectStore, largest_bytes: int) -> dict[str, bytes]:
+async def _images(made: Report, largest_bytes: int, *, objects: ObjectStore) -> dict[str, bytes]:
     """Return the image grid of each completed training by request id; one that is gone or too large is left out."""
     images = {}
     for training in made.training:

@@ -1,123 +1,57 @@
-"""The report's plots as inline SVG: drawn with the page's own colours and font, so light and dark need one copy.
-
-Each mark has a `title`, which browsers show as a tooltip and screen readers read. The numbers stand in a table beside.
-"""
+"""The axes of the report's plots: where a value stands on the drawing. What is drawn is in templates/plots.svg.j2."""
 
 import math
 from collections.abc import Sequence
-from xml.etree.ElementTree import Element
+from dataclasses import dataclass
 
-from services.reporter.html import el
-from shared.documents.reports import Round
+from shared.documents.reports import Durations, Round
 
-WIDTH = 560.0
 LOG_FROM = 20.0
 """Values that span more than this factor are drawn on a logarithmic axis."""
 TICK_STEPS = (1, 2, 2.5, 5, 10)
-LABEL_CHARACTERS = 26
 MOST_ROUND_LABELS = 12
 
 
-def number(value: float) -> str:
-    """Return three significant digits, whole numbers with thousands separated."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "not finite"
-    if abs(value) >= 1000:  # noqa: PLR2004 - where digits after the point stop telling anything
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"  # noqa: PLR2004 - as above
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A mapping of values to places: `low` stands at `start`, `high` at `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: Sequence[float]
+    logarithmic: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the place of a value."""
+        low, high, at = (
+            map(math.log, (self.low, self.high, value)) if self.logarithmic else (self.low, self.high, value)
+        )
+        share = (at - low) / (high - low) if high > low else 0.5
+        return self.start + share * (self.end - self.start)
 
 
-def relative(value: float) -> str:
-    """Return a relative distance: two decimals tell 1.98 from 2.02, where a threshold may lie between."""
-    return f"{value:,.2f}" if math.isfinite(value) else "not finite"
-
-
-def seconds(value: float) -> str:
-    """Return a duration as people say it."""
-    if value < 1:
-        return f"{1000 * value:.3g} ms"
-    if value < 120:  # noqa: PLR2004 - two minutes
-        return f"{value:.3g} s"
-    minutes, rest = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def rounds_plot(rounds: Sequence[Round], label: str) -> Element:
-    """Draw relative_fd over the rounds; the line at 1 is the distance of real to real."""
-    height, left, right, top, bottom = 230.0, 46.0, 72.0, 16.0, 40.0
-    values = [done.evaluation.relative_fd for done in rounds]
-    logarithmic = min(values) > 0 and max([*values, 1.0]) / min([*values, 1.0]) > LOG_FROM
-    ticks = _log_ticks(min([*values, 1.0]), max([*values, 1.0])) if logarithmic else _ticks(max([*values, 1.0]))
-    low, high = (math.log(ticks[0]), math.log(ticks[-1])) if logarithmic else (0.0, ticks[-1])
-
-    def x(number_: int) -> float:
-        first, last = rounds[0].round, rounds[-1].round
-        share = (number_ - first) / (last - first) if last > first else 0.5
-        return left + 14 + share * (WIDTH - left - right - 28)
-
-    def y(value: float) -> float:
-        share = ((math.log(value) if logarithmic else value) - low) / (high - low)
-        return top + (1 - share) * (height - top - bottom)
-
-    svg = el("svg", viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=label)
-    for tick in ticks:
-        svg.append(el("line", class_="grid", x1=left, x2=WIDTH - right, y1=y(tick), y2=y(tick)))
-        svg.append(el("text", number(tick), class_="tick", x=left - 8, y=y(tick) + 4, text_anchor="end"))
-    svg.append(el("line", class_="reference", x1=left, x2=WIDTH - right, y1=y(1), y2=y(1)))
-    svg.append(el("text", "real vs real", class_="tick", x=WIDTH - right + 6, y=y(1) + 4))
+def rounds_axis(rounds: Sequence[Round], start: float, end: float) -> Axis:
+    """Return the axis of the rounds' numbers, of which so many are ticks as there is space for."""
     every = math.ceil(len(rounds) / MOST_ROUND_LABELS)
-    for done in rounds[::every]:
-        below = height - bottom + 18
-        svg.append(el("text", str(done.round), class_="tick", x=x(done.round), y=below, text_anchor="middle"))
-    svg.append(el("text", "round", class_="axis", x=(left + WIDTH - right) / 2, y=height - 4, text_anchor="middle"))
-    points = " ".join(f"{x(done.round):.1f},{y(done.evaluation.relative_fd):.1f}" for done in rounds)
-    svg.append(el("polyline", class_="line", points=points))
-    for done in rounds:
-        told = f"round {done.round}: {relative(done.evaluation.relative_fd)}{', approved' if done.approved else ''}"
-        kind = "dot approved" if done.approved else "dot"
-        svg.append(
-            el("circle", el("title", told), class_=kind, cx=x(done.round), cy=y(values[rounds.index(done)]), r=5)
-        )
-    # The last value is written out, clear of the reference line's own label.
-    away = -10 if abs(y(values[-1]) - y(1)) > 16 or values[-1] >= 1 else 18  # noqa: PLR2004 - a line of text
-    svg.append(
-        el(
-            "text",
-            relative(values[-1]),
-            class_="value",
-            x=x(rounds[-1].round),
-            y=y(values[-1]) + away,
-            text_anchor="middle",
-        )
-    )
-    return svg
+    ticks = [done.round for done in rounds[::every]]
+    return Axis(rounds[0].round, rounds[-1].round, start, end, ticks)
 
 
-def durations_plot(rows: Sequence[tuple[str, float, float]], label: str) -> Element:
-    """Draw a line from p50 to p95 for each (name, p50_s, p95_s), on one axis of seconds."""
-    row, left, right, bottom = 34.0, 190.0, 30.0, 40.0
-    height = row * len(rows) + bottom + 8
-    ticks = _ticks(max(p95_s for _, _, p95_s in rows))
+def distance_axis(rounds: Sequence[Round], start: float, end: float) -> Axis:
+    """Return the axis of the rounds' relative distance; 1, the distance of real to real, is on it."""
+    values = [1.0, *(done.evaluation.relative_fd for done in rounds)]
+    low, high = min(values), max(values)
+    logarithmic = low > 0 and high / low > LOG_FROM
+    ticks = _log_ticks(low, high) if logarithmic else _ticks(high)
+    return Axis(ticks[0], ticks[-1], start, end, ticks, logarithmic)
 
-    def x(value: float) -> float:
-        return left + value / ticks[-1] * (WIDTH - left - right)
 
-    svg = el("svg", viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=label)
-    for tick in ticks:
-        svg.append(el("line", class_="grid", x1=x(tick), x2=x(tick), y1=4, y2=height - bottom + 4))
-        svg.append(el("text", number(tick), class_="tick", x=x(tick), y=height - bottom + 20, text_anchor="middle"))
-    svg.append(el("text", "seconds", class_="axis", x=(left + WIDTH - right) / 2, y=height - 4, text_anchor="middle"))
-    for index, (name, p50_s, p95_s) in enumerate(rows):
-        middle = 8 + row * (index + 0.5)
-        short = name if len(name) <= LABEL_CHARACTERS else name[: LABEL_CHARACTERS - 1] + "…"
-        svg.append(el("text", el("title", name), short, class_="name", x=left - 12, y=middle + 4, text_anchor="end"))
-        svg.append(el("line", class_="range", x1=x(p50_s), x2=x(p95_s), y1=middle, y2=middle))
-        svg.append(
-            el("circle", el("title", f"p95: {seconds(p95_s)}"), class_="dot hollow", cx=x(p95_s), cy=middle, r=5)
-        )
-        svg.append(el("circle", el("title", f"p50: {seconds(p50_s)}"), class_="dot", cx=x(p50_s), cy=middle, r=5))
-    return svg
+def seconds_axis(runs: Sequence[tuple[str, Durations]], start: float, end: float) -> Axis:
+    """Return the axis of the runs' durations, from 0 to beyond the highest p95."""
+    ticks = _ticks(max(found.p95_s for _, found in runs))
+    return Axis(ticks[0], ticks[-1], start, end, ticks)
 
 
 def _ticks(highest: float) -> list[float]:

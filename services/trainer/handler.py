@@ -74,7 +74,7 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
 async def accept(request: TrainingRequest, *, asked_at: datetime, ports: Ports) -> None:
     """Store what is asked for. Raises `Unprocessable` where the id is another request's."""
     options = StoredOptions(request=request, settings=ports.settings.model_dump(mode="json"), time=asked_at)
-    stored = await store_once(ports.objects, TrainingKeys(request.request_id).options, options)
+    stored = await store_once(TrainingKeys(request.request_id).options, options, objects=ports.objects)
     if stored.request != request:
         raise Unprocessable("request_id_taken")
 
@@ -104,7 +104,7 @@ async def claimed(
                 reason_code=failed.reason_code,
                 numbers=failed.numbers,
             )
-            await store(ports.objects, keys.failure, StoredFailure(told=told, time=ports.clock()))
+            await store(keys.failure, StoredFailure(told=told, time=ports.clock()), objects=ports.objects)
             log.warning(
                 "training.failed", request_id=request.request_id, reason_code=failed.reason_code, **failed.numbers
             )
@@ -112,9 +112,9 @@ async def claimed(
             return None
 
     return await once(
-        ports.objects,
         keys.completed,
         do,
+        objects=ports.objects,
         claim=keys.lease,
         lease_s=ports.settings.lease_s,
         clock=ports.clock,
@@ -132,7 +132,7 @@ async def _train(run: Run) -> StoredCompletion:
     """Do what is left to do. Raises `CannotTrain`."""
     # Load.
     await first_config(run)
-    async with loaded(run.request, run.keys.manifest, run.ports.objects, run.ports.settings) as images:
+    async with loaded(run.request, run.keys.manifest, run.ports.settings, objects=run.ports.objects) as images:
         for done in await run.rounds():
             await announce(run, done)
 

@@ -41,7 +41,7 @@ async def shown(run: Run, plan: StoredPlan) -> AsyncIterator[Progress]:
                 time=run.ports.clock(),
             )
             with contextlib.suppress(Unavailable):
-                await store(run.ports.objects, run.keys.progress, progress)
+                await store(run.keys.progress, progress, objects=run.ports.objects)
 
     keeping = asyncio.create_task(keep())
     try:

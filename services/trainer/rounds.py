@@ -8,7 +8,7 @@ import contextlib
 from pathlib import Path
 
 from services.trainer.checkpoints import Checkpoints
-from services.trainer.config import InvalidConfig, TrainingConfig, UnknownParameter
+from services.trainer.config import DEFAULT_CONFIG, InvalidConfig, TrainingConfig, UnknownParameter
 from services.trainer.jsconfig import modify_config, read_config
 from services.trainer.progress import shown
 from services.trainer.reasons import CannotTrain
@@ -21,8 +21,6 @@ from shared.idempotency import store_once, stored
 from shared.log import get_logger
 from shared.messages import Evaluation, TrainingRound, TrainingRoundCompleted
 from shared.objects import ObjectMissing
-
-DEFAULT_CONFIG = Path(__file__).with_name("config.js")
 
 log = get_logger()
 
@@ -85,7 +83,7 @@ async def modify(run: Run) -> StoredPlan | None:
         until=before + TrainingConfig.of(read_config(text)).steps,
         config=text,
     )
-    plan = await store_once(objects, run.keys.round(plan.round).plan(plan.number), plan)
+    plan = await store_once(run.keys.round(plan.round).plan(plan.number), plan, objects=objects)
     await objects.put(run.keys.config, plan.config.encode())
     return plan
 
@@ -162,13 +160,15 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
     key = keys.checkpoint(run.epoch)
     await ports.objects.upload(out / "checkpoint.pt", key)
     return await store_once(
-        ports.objects, keys.trained(plan.number), StoredTrained.model_validate({**reply, "checkpoint_key": key})
+        keys.trained(plan.number),
+        StoredTrained.model_validate({**reply, "checkpoint_key": key}),
+        objects=ports.objects,
     )
 
 
 async def trained_of(run: Run, plan: StoredPlan) -> StoredTrained | None:
     """Return what was trained as planned, if it was."""
-    return await stored(run.ports.objects, run.keys.round(plan.round).trained(plan.number))
+    return await stored(run.keys.round(plan.round).trained(plan.number), objects=run.ports.objects)
 
 
 async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: Json) -> StoredRound | None:
@@ -218,7 +218,7 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
     why_not = policy.why_not(policy.Observation.of(done), policy.Goal.of(run.request))
     done = done.model_copy(update={"told": told.model_copy(update={"approved": not why_not, "why_not": why_not})})
     await Checkpoints(objects, keys, plan.number, run.epoch).delete()
-    done = await store_once(objects, keys.evaluation, done)
+    done = await store_once(keys.evaluation, done, objects=objects)
     await run.store_state(StoredState(round=plan.round + 1))
     log.info(
         "training.round_stored",

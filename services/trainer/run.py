@@ -67,20 +67,20 @@ class Run:
     async def rounds(self) -> list[StoredRound]:
         """Return the completed rounds."""
         rounds: list[StoredRound] = []
-        while done := await stored(self.ports.objects, self.keys.round(len(rounds) + 1).evaluation):
+        while done := await stored(self.keys.round(len(rounds) + 1).evaluation, objects=self.ports.objects):
             rounds.append(done)
         return rounds
 
     async def state(self, number: int) -> StoredState:
         """Return how often round `number` was tried. Raises `CannotTrain` where that was often enough."""
-        state = await stored(self.ports.objects, self.keys.state)
+        state = await stored(self.keys.state, objects=self.ports.objects)
         if state is None or state.round != number:  # what is stored of another round no longer counts
             state = StoredState(round=number)
         return _checked(state)
 
     async def store_state(self, state: StoredState) -> None:
         """Store it. Raises `CannotTrain` where that was often enough, with the same reason at each delivery."""
-        await store(self.ports.objects, self.keys.state, state)
+        await store(self.keys.state, state, objects=self.ports.objects)
         _checked(state)
 
     async def ask(self, number: int, asked: Json, *, reached: int = 0) -> Json:

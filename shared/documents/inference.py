@@ -45,7 +45,7 @@ class Outputs(Stored):
 
 
 class Result(Stored, CompletedInference):
-    """`result.json`: the archive has the instances, or no series matched."""
+    """`result.json`: the target has the instances, or no series matched."""
 
     attempt: str
     time: AwareDatetime

@@ -6,16 +6,18 @@ from datetime import UTC, datetime
 import pytest
 
 from cli import show
-from cli.client import Client, Refused
-from cli.orders import Training, training_request
+from cli.client import Client
 from cli.study.journey import Journey
 from cli.study.uploads import collect, instances
+from cli.training.following import Training
+from cli.training.requests import training_request
 from services.inference.reasons import REASONS
 from shared import keys
 from shared.documents.document import body_of
 from shared.documents.revisions import Revision, StoredInstance, digest_of
 from shared.keys import ResultKeys
 from shared.messages import Geometry, InferenceTask
+from shared.operations.refused import Refused
 from shared.phantom import Patient, write_ct_series
 from tests.cli import stored
 

@@ -24,7 +24,7 @@ HOSTILE = "<script>alert(1)</script>\"'&<img src=https://example.org/x onerror=a
 
 
 class Parsed(HTMLParser):
-    """The page's elements and texts; remembers every tag that does not close what was opened last."""
+    """The page's elements and texts, not the space between; remembers every tag that does not close the last opened."""
 
     def __init__(self, html: bytes) -> None:
         super().__init__()
@@ -42,7 +42,8 @@ class Parsed(HTMLParser):
             self.misnested.append(tag)
 
     def handle_data(self, data):
-        self.texts.append(data)
+        if data.strip():
+            self.texts.append(data)
 
     def of(self, tag) -> list[dict]:
         return [attributes for name, attributes in self.elements if name == tag]

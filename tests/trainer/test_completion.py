@@ -13,8 +13,8 @@ from pydicom import dcmread
 from typer.testing import CliRunner
 
 from cli.main import app
+from services.trainer.config import DEFAULT_CONFIG
 from services.trainer.progress import shown
-from services.trainer.rounds import DEFAULT_CONFIG
 from services.trainer.run import Ports, Run
 from shared.documents.training import StoredPlan
 from shared.keys import TrainingKeys

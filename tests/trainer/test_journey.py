@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 
 from services.trainer import run, worker
-from services.trainer.config import TrainingConfig
+from services.trainer.config import DEFAULT_CONFIG, TrainingConfig
 from services.trainer.gan import training
 from services.trainer.gan.networks import Generator, build_gan_model
 from services.trainer.gan.training import generate_images
 from services.trainer.jsconfig import modify_config, read_config
-from services.trainer.rounds import DEFAULT_CONFIG
 from services.trainer.settings import TrainerSettings
 from shared.config import Misconfigured, load
 from shared.errors import Claimed, Continue, Unavailable, Unprocessable

@@ -16,26 +16,16 @@ from typing import Literal
 
 from services.inference.package.engine import Mount
 from services.inference.package.maps import Image, Map
+from services.inference.serving import hostfiles
 from shared.child import Child, ChildFailed, Json, Limits
 from shared.errors import Unavailable
 from shared.log import get_logger
 
-ROOT = Path(__file__).parents[3]
-HOST_FILES = (
-    "services/__init__.py",
-    "services/inference/__init__.py",
-    "services/inference/serving/__init__.py",
-    "services/inference/serving/maphost.py",
-    "shared/__init__.py",
-    "shared/child.py",
-    "shared/errors.py",
-)
-"""What the child's side consists of; it needs nothing beyond the standard library."""
 START = (
     "import sys; sys.path[0] = sys.argv.pop(1); from services.inference.serving.maphost import main; main(sys.argv[1:])"
 )
-CONTAINER_ROOT, CONTAINER_WORK = "/radqueue/host", "/radqueue/work"
-"""Where a container sees those files, and the folder that holds the running study and nothing else."""
+CONTAINER_WORK = "/radqueue/work"
+"""Where a container sees the folder that holds the running study and nothing else."""
 LOG_TAIL_BYTES = 64 * 1024
 """Of what a MAP printed that is stored beside the result."""
 LOG_HEAD_BYTES = LOG_END_BYTES = 1 << 20
@@ -228,7 +218,7 @@ class _Host:
         self.device = ""
         """What the first process found."""
         self._folder: Path | None = None
-        """What the container sees of this machine, or where a folder's MAP is imported."""
+        """What the container sees of this machine, or what the process of a folder's MAP is started with."""
 
     async def start(self) -> None:
         """Start the process, if none runs, and have it import the MAP.
@@ -327,21 +317,22 @@ class _Host:
         warm = {"application": found.application} if self.isolation == "warm" else {}
         if image is None:
             self._folder = Path(tempfile.mkdtemp(prefix="map-"))
+            home, host = self._folder / "home", hostfiles.lay_out(self._folder / "host")
+            home.mkdir()
             return Child(
-                _start(found.python, str(ROOT), {**warm, "home": str(self._folder)}),
+                _start(found.python, str(host), {**warm, "home": str(home)}),
                 limits=Limits(memory_bytes=self.bounds.memory_bytes, processes=self.bounds.processes),
                 env={**found.own_environment, **_visible(self.bounds.gpus)},
             )
         name = f"radqueue-{uuid.uuid4().hex}"
         self._folder = Path(tempfile.mkdtemp(prefix="container-"))
         _give_to_container(self._folder, image)
-        mounts = [Mount(ROOT / file, f"{CONTAINER_ROOT}/{file}") for file in HOST_FILES]
         needs = found.needs
         argv = image.engine.run_command(
             image.id,
-            _start(found.python, CONTAINER_ROOT, {**warm, "container": True}),
+            _start(found.python, hostfiles.CONTAINER_ROOT, {**warm, "container": True}),
             name=name,
-            mounts=[*mounts, Mount(self._folder, CONTAINER_WORK, writable=True)],
+            mounts=[*hostfiles.mounts(), Mount(self._folder, CONTAINER_WORK, writable=True)],
             environment=found.own_environment,
             needs=replace(needs, memory_bytes=needs.memory_bytes or self.bounds.memory_bytes),
             gpus=(self.bounds.gpus or (("all",) if GPUS.is_dir() else ())) if needs.gpu else (),

@@ -56,7 +56,7 @@ log = get_logger()
 
 @asynccontextmanager
 async def loaded(
-    request: TrainingRequest, document: Document[Manifest], objects: ObjectStore, settings: TrainerSettings
+    request: TrainingRequest, document: Document[Manifest], settings: TrainerSettings, *, objects: ObjectStore
 ) -> AsyncIterator[Json]:
     """Fetch the images of a training, and keep the copies for as long as the block runs.
 
@@ -71,8 +71,8 @@ async def loaded(
         CannotTrain: a code of `reasons.REASONS`.
         Unavailable: what the arrays are read from does not answer.
     """
-    source, prefix = await source_of(request, objects, settings)
-    begun_with = await stored(objects, document)
+    source, prefix = await source_of(request, settings, objects=objects)
+    begun_with = await stored(document, objects=objects)
     listed: list[_Listed] = []
     if begun_with is None:
         listed = await _listing(request, source, prefix)
@@ -93,7 +93,7 @@ async def loaded(
             await _fetched(manifest.arrays, copies, source)
         if begun_with is None:
             _check(manifest, settings.min_images)
-            if await store_once(objects, document, manifest) != manifest:
+            if await store_once(document, manifest, objects=objects) != manifest:
                 raise Unavailable("another worker began this training with other data")
         yield _told(manifest, copies)
 

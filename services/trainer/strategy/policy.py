@@ -30,12 +30,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
 from services.trainer.config import MAX_AUGMENTATION
+from services.trainer.reasons import METRICS
 from shared.documents.training import StoredRound, Value
 from shared.messages import TrainingRequest
 
 Metric = Literal["relative_fd", "distance", "kid"]
-METRICS: dict[Metric, str] = {"relative_fd": "relative distance", "distance": "distance", "kid": "KID"}
-"""As people call them."""
 Next = Literal["train", "generate"]
 
 NOTICEABLE = 0.1
