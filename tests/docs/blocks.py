@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from shared.keys import LAYOUT
 from tests.docs import events
-from tests.docs.layout import LAYOUT
 from tests.docs.markdown import DOCS, ROOT, pages, table
 
 BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>\w+) -->\n)(.*?)(?P<end><!-- /generated -->)", re.DOTALL)
@@ -33,7 +33,11 @@ def decisions() -> str:
 
 def layout() -> str:
     """Return the table of the bucket's keys."""
-    return table(("key", "what it is", "written by"), ((f"`{one.pattern}`", one.holds, one.writer) for one in LAYOUT))
+    rows = (
+        (f"`{one.pattern}`", one.holds, one.writer, f"`{one.model.__name__}`" if one.model is not None else "")
+        for one in LAYOUT
+    )
+    return table(("key", "what it is", "written by", "document"), rows)
 
 
 def imports() -> str:
