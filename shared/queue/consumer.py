@@ -22,7 +22,7 @@ from shared.queue.circuit import Circuit
 from shared.queue.deletes import Deleter
 from shared.queue.fates import Fate, dead_letter_attributes, fate_of, is_bug, reason_of, retry_delay_s, why_of
 from shared.queue.leases import LeaseKeeper
-from shared.queue.sqs import AWS_ERRORS, BATCH, Received, SqsQueue, code_of, open_queue
+from shared.queue.sqs import AWS_ERRORS, BATCH, POLL_MARGIN_S, Received, SqsQueue, code_of, open_queue
 from shared.queue.trace import handling
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 LONGEST_BACKOFF_S = 30.0
 SETTLE_GRACE_S = 5.0
 """Seconds that sending on, dead-lettering or releasing a message may take at a stop."""
-POLL_MARGIN_S = 5.0
-"""Seconds after its wait at which a poll that did not answer counts as abandoned."""
 LEVELS = {
     Fate.DELETE: logging.INFO,
     Fate.CONTINUE: logging.INFO,
@@ -77,6 +75,9 @@ class _Consumer:
     """For what is logged with every message: the module's is bound anew for each line."""
     circuit: Circuit = field(default_factory=Circuit)
     running: "dict[Received, asyncio.Task[None]]" = field(default_factory=dict)
+    """What takes a slot: messages whose handler runs, or whose fate is being brought about."""
+    finished: "set[asyncio.Task[None]]" = field(default_factory=set)
+    """Messages that are done with, and that SQS has not deleted yet."""
     slot_freed: asyncio.Event = field(default_factory=asyncio.Event)
     poll: "asyncio.Task[list[Received]] | None" = None
     poll_ends: float = 0.0
@@ -107,7 +108,7 @@ class _Consumer:
             await self._drain()
         finally:
             polling = [] if self.poll is None else [self.poll]
-            await _cancel(self.stopping, receiving, *polling, *self.running.values(), *background)
+            await _cancel(self.stopping, receiving, *polling, *self.running.values(), *self.finished, *background)
 
     # Receive.
 
@@ -129,7 +130,8 @@ class _Consumer:
             try:
                 messages = self.poll.result()
                 self.poll = None
-            except AWS_ERRORS as error:
+            except Exception as error:  # noqa: BLE001 - an answer that botocore cannot read ends no worker
+                self.poll = None
                 failures += 1
                 delay_s = random.uniform(0, min(LONGEST_BACKOFF_S, 2.0 ** min(failures, 10)))  # noqa: S311 - jitter
                 log.warning("queue.poll_failed", error=code_of(error), failures=failures, delay_s=round(delay_s, 1))
@@ -141,6 +143,8 @@ class _Consumer:
     async def _slots(self) -> int:
         """Wait for a free slot; return how many messages to poll for, which is none if the wait ended otherwise."""
         free = self.settings.slots - len(self.running)
+        # What is finished and not deleted runs again if this process is killed: it is bounded while deletes fail.
+        free = min(free, free + BATCH - len(self.finished))
         # While the circuit is open, one message at a time shows whether it works again.
         if free <= 0 or (self.circuit.is_open and self.running):
             self.slot_freed.clear()
@@ -182,21 +186,45 @@ class _Consumer:
         except BaseException as caught:  # noqa: BLE001 - the table decides, on cancellation too
             error = caught
         message.handler = None  # a lease that is lost from here on has nobody to tell
+        seconds = time.monotonic() - started
         fate = fate_of(error, message.receive_count)
+        self._note(fate, error)
         try:
-            self._tell(message, fate, error, time.monotonic() - started)
-            await self._settle(message, fate, error)
+            deleted = await self._settle(message, fate, error)
         except Exception as failed:
             # The message is left alone and comes again after its visibility timeout: nothing is lost. Of a bug, too:
             # a message that stayed held would come again after 12 hours.
             self.keeper.drop(message)
             bug = None if isinstance(failed, AWS_ERRORS) else failed
             log.warning("message.not_settled", error=code_of(failed), exc_info=bug)
+            return
         finally:
-            del self.running[message]
-            self.slot_freed.set()
+            self._free(message)
+        if deleted is not None:
+            await deleted
+        self._tell(message, fate, error, seconds)
+
+    def _free(self, message: Received) -> None:
+        """Give the slot back; the rest of the task is kept count of until it ends."""
+        task = self.running.pop(message)
+        self.finished.add(task)
+        task.add_done_callback(self._gone)
+        self.slot_freed.set()
+
+    def _gone(self, task: "asyncio.Task[None]") -> None:
+        self.finished.discard(task)
+        self.slot_freed.set()
+
+    def _note(self, fate: Fate, error: BaseException | None) -> None:
+        """Tell the circuit how the handler ended, if that says whether work can be done: bad messages say nothing."""
+        if fate is Fate.RELEASE or isinstance(error, Claimed | Unprocessable):
+            return
+        if self.circuit.note(None if fate is Fate.CONTINUE else reason_of(error)):
+            self._count(declared.CIRCUIT_OPENED)
+            log.error("circuit.opened", reason=reason_of(error), pause_s=self.circuit.pause_s)
 
     def _tell(self, message: Received, fate: Fate, error: BaseException | None, seconds: float) -> None:
+        """Log and count a fate that has come about."""
         became = "lost" if message.lost else fate.value
         self._measure(declared.HANDLER_SECONDS, round(seconds, 3))
         self._count(declared.MESSAGE_FATES, Fate=became)
@@ -209,13 +237,10 @@ class _Consumer:
             why=why_of(error),
             exc_info=error if is_bug(error) else None,
         )
-        if fate is Fate.RELEASE or isinstance(error, Claimed):  # neither tells whether work can be done
-            return
-        if self.circuit.note(None if fate is Fate.CONTINUE else reason_of(error)):
-            self._count(declared.CIRCUIT_OPENED)
-            log.error("circuit.opened", reason=reason_of(error), pause_s=self.circuit.pause_s)
 
     async def _dispatch(self, message: Received) -> None:
+        if message.fault is not None:
+            raise message.fault
         decoded = decode(message.body)
         with handling(f"{self.queue.name} process", decoded.traceparent):
             if isinstance(decoded, Event):
@@ -225,22 +250,25 @@ class _Consumer:
                 raise Unprocessable("wrong_queue")
             await handler(decoded)
 
-    async def _settle(self, message: Received, fate: Fate, error: BaseException | None) -> None:
+    async def _settle(
+        self, message: Received, fate: Fate, error: BaseException | None
+    ) -> "asyncio.Future[None] | None":
+        """Bring the fate about; what is returned is done once SQS has deleted the message."""
         if message.lost is not None:
-            return
+            return None
         if fate is Fate.RETRY:
             await self.keeper.release([message], retry_delay_s(message.receive_count, self.settings.retry_base_s))
-            return
+            return None
         if fate is Fate.RELEASE:
             await self._release(message)
-            return
+            return None
         if fate is Fate.DEAD_LETTER:
             attributes = dead_letter_attributes(error, message.receive_count)
             await self.queue.dead_letter(message, attributes)
             self._count(declared.DEAD_LETTERS, Reason=attributes["reason_code"])
         elif fate is Fate.CONTINUE:
             await self.queue.send_again(message)
-        self.deleter.delete(message)
+        return self.deleter.delete(message)
 
     # Drain.
 
@@ -248,11 +276,10 @@ class _Consumer:
         """End in order: the last poll and the handlers together, then the deletes."""
         log.info("queue.draining", in_flight=len(self.running), grace_s=self.settings.grace_s)
         await asyncio.gather(self._return_last_poll(), self._end_handlers())
-        try:
-            async with asyncio.timeout(max(1.0, self.settings.grace_s)):
-                await self.deleter.all_deleted()
-        except TimeoutError:
-            log.warning("queue.deletes_given_up")
+        if self.finished:
+            _, waiting = await asyncio.wait(self.finished, timeout=max(1.0, self.settings.grace_s))
+            if waiting:
+                log.warning("queue.deletes_given_up", messages=len(waiting))
 
     async def _return_last_poll(self) -> None:
         if self.poll is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError
 
 from shared.config import Misconfigured
+from shared.errors import Unprocessable
 from shared.log import get_logger
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ START_PATIENCE_S = 30.0
 START_PAUSE_S = 1.0
 ATTEMPT = "attempt"
 """Message attribute: how often the work was continued in a new message."""
+POLL_MARGIN_S = 5.0
+"""A poll that has not answered this many seconds after its wait is given up."""
+NO_BODY = "{}"
+"""What a message without a body is dead-lettered with: SQS takes no empty one."""
+MOST_DIGITS = 18
+"""Longer numbers are nothing that SQS writes."""
 AWS_ERRORS = (BotoCoreError, ClientError, OSError, TimeoutError)
 
 Item = TypeVar("Item")
@@ -59,6 +66,8 @@ class Received:
     """Who is told when the lease is lost, while the handler runs."""
     lost: str | None = None
     """Why the lease ended, once it has."""
+    fault: Unprocessable | None = None
+    """Why no message could be made of what SQS delivered; such a one is dead-lettered, never handled."""
 
 
 class SqsQueue:
@@ -72,21 +81,24 @@ class SqsQueue:
         self._dead_letter_url = dead_letter_url
 
     async def receive(self, wanted: int, *, wait_s: int, visibility_s: int) -> list[Received]:
-        """Poll for up to `wanted` messages."""
+        """Poll for up to `wanted` messages: one call, which is given up POLL_MARGIN_S after its wait."""
         before = asyncio.get_running_loop().time()
-        response = await self._sqs.receive_message(
-            QueueUrl=self._url,
-            MaxNumberOfMessages=wanted,
-            WaitTimeSeconds=wait_s,
-            VisibilityTimeout=visibility_s,
-            MessageSystemAttributeNames=[
-                "ApproximateFirstReceiveTimestamp",
-                "ApproximateReceiveCount",
-                "SentTimestamp",
-            ],
-            MessageAttributeNames=[ATTEMPT],
-        )
-        return [_received(message, before, visibility_s) for message in response.get("Messages", [])]
+        async with asyncio.timeout(wait_s + POLL_MARGIN_S):
+            response: Mapping[str, Any] = await self._sqs.receive_message(
+                QueueUrl=self._url,
+                MaxNumberOfMessages=wanted,
+                WaitTimeSeconds=wait_s,
+                VisibilityTimeout=visibility_s,
+                MessageSystemAttributeNames=[
+                    "ApproximateFirstReceiveTimestamp",
+                    "ApproximateReceiveCount",
+                    "SentTimestamp",
+                ],
+                MessageAttributeNames=[ATTEMPT],
+            )
+        delivered = response.get("Messages")
+        made = [_received(one, before, visibility_s) for one in delivered] if isinstance(delivered, list) else []
+        return [message for message in made if message is not None]
 
     async def delete(self, messages: Sequence[Received]) -> list[Received]:
         """Delete up to 10; returns those that SQS did not delete and that may be tried again."""
@@ -180,15 +192,57 @@ def batches(items: Iterable[Item], size: int = BATCH) -> Iterator[list[Item]]:
     return (every[start : start + size] for start in range(0, len(every), size))
 
 
-def _received(message: Any, before: float, visibility_s: int) -> Received:
-    attributes = message["Attributes"]
-    return Received(
-        message_id=message["MessageId"],
-        body=message["Body"],
-        receipt_handle=message["ReceiptHandle"],
-        receive_count=int(attributes["ApproximateReceiveCount"]),
-        attempt=int(message.get("MessageAttributes", {}).get(ATTEMPT, {}).get("StringValue", "0")),
-        waited_s=(int(attributes["ApproximateFirstReceiveTimestamp"]) - int(attributes["SentTimestamp"])) / 1000,
+def _received(delivered: Any, before: float, visibility_s: int) -> Received | None:
+    """Make a message of what SQS delivered. Nothing of that is trusted: the first field that is wrong is its `fault`.
+
+    None: it has no receipt handle, so that nothing can be done with it; the queue's own maxReceiveCount ends it.
+    """
+    found = delivered if isinstance(delivered, dict) else {}
+    handle = found.get("ReceiptHandle")
+    if not isinstance(handle, str):
+        log.error("queue.delivery_without_handle")
+        return None
+    message = Received(
+        message_id="",
+        body=NO_BODY,
+        receipt_handle=handle,
+        receive_count=1,
+        attempt=0,
+        waited_s=0.0,
         lease_until=before + visibility_s,
         ends_at=before + LONGEST_LEASE_S,
     )
+    try:
+        message.body = _text(found, "Body")
+        message.message_id = _text(found, "MessageId")
+        attributes = found.get("Attributes")
+        message.receive_count = _number(attributes, "ApproximateReceiveCount", least=1)
+        first, sent = (_number(attributes, n) for n in ("ApproximateFirstReceiveTimestamp", "SentTimestamp"))
+        message.waited_s = (first - sent) / 1000
+        message.attempt = _attempt(found.get("MessageAttributes", {}))
+    except Unprocessable as fault:
+        message.fault = fault
+    return message
+
+
+def _attempt(attributes: Any) -> int:
+    if not isinstance(attributes, dict):
+        raise Unprocessable("invalid_delivery", "MessageAttributes")
+    return _number(attributes[ATTEMPT], "StringValue") if ATTEMPT in attributes else 0
+
+
+def _text(found: Any, name: str) -> str:
+    value = found.get(name)
+    if isinstance(value, str) and value:
+        return value
+    raise Unprocessable("invalid_delivery", name)
+
+
+def _number(found: Any, name: str, *, least: int = 0) -> int:
+    """Return a number that SQS writes as text."""
+    value = found.get(name) if isinstance(found, dict) else None
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= MOST_DIGITS:
+        number = int(value)
+        if number >= least:
+            return number
+    raise Unprocessable("invalid_delivery", name)

@@ -1,0 +1,205 @@
+"""What senders and servers get wrong: no delivery ends a worker, and none holds up good work."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.queue.sqs import SqsQueue
+from tests.queue.fakesqs import Fault
+from tests.queue.virtualtime import virtual_time
+from tests.queue.world import QUEUE, months, world
+
+GOOD = {
+    "MessageId": "a-good-one",
+    "ReceiptHandle": "its-handle",
+    "Body": "{}",
+    "Attributes": {
+        "ApproximateReceiveCount": "2",
+        "ApproximateFirstReceiveTimestamp": "1700000001500",
+        "SentTimestamp": "1700000000000",
+    },
+}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def paths(found, path=()):
+    """Return the way to every value of a delivery."""
+    yield path
+    if isinstance(found, dict):
+        for name, inner in found.items():
+            yield from paths(inner, (*path, name))
+
+
+def altered(found, path, change):
+    """Return a copy in which the value at the end of `path` is changed, or left out where `change` is Ellipsis."""
+    if not path:
+        return change
+    name, *rest = path
+    copy = dict(found)
+    if not rest and change is ...:
+        del copy[name]
+    else:
+        copy[name] = altered(copy[name], rest, change)
+    return copy
+
+
+CONTINUED = GOOD | {"MessageAttributes": {"attempt": {"DataType": "String", "StringValue": "1"}}}
+DELIVERY = st.builds(
+    altered, st.just(CONTINUED), st.sampled_from([path for path in paths(CONTINUED) if path]), JSON | st.just(...)
+)
+
+
+class Answering:
+    """An SQS client whose every poll brings the same answer."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    async def receive_message(self, **_):
+        return self.answer
+
+
+async def received(answer):
+    return await SqsQueue(Answering(answer), QUEUE, "url", "dead-letter-url").receive(10, wait_s=0, visibility_s=30)
+
+
+@given(answer=JSON.filter(lambda found: isinstance(found, dict)) | st.fixed_dictionaries({"Messages": JSON}))
+def test_no_answer_to_a_poll_is_an_exception(answer):
+    """Whatever a server answers, there are messages in it or there are none."""
+    assert isinstance(asyncio.run(received(answer)), list)
+
+
+@given(delivery=DELIVERY | JSON)
+def test_a_delivery_that_is_wrong_takes_none_of_its_poll_along(delivery):
+    """The good one beside it is as it always is; what can be told of the bad one names a field, and no value."""
+    *bad, good = asyncio.run(received({"Messages": [delivery, GOOD]}))
+
+    assert (good.message_id, good.receive_count, good.waited_s, good.attempt) == ("a-good-one", 2, 1.5, 0)
+    assert good.fault is None
+    assert all(one.body for one in bad)
+    assert {one.fault.reason_code for one in bad if one.fault} <= {"invalid_delivery"}
+
+
+@pytest.mark.parametrize("path", [path for path in paths(GOOD) if path and path != ("ReceiptHandle",)])
+async def test_a_field_that_is_left_out_is_named(path):
+    """A server that leaves out an attribute must not end the worker; the dead letter says which it was."""
+    (bad,) = await received({"Messages": [altered(GOOD, path, ...)]})
+
+    expected = "ApproximateReceiveCount" if path == ("Attributes",) else path[-1]
+    assert (bad.fault.reason_code, bad.fault.detail) == ("invalid_delivery", expected)
+
+
+async def test_nothing_can_be_done_without_a_handle():
+    """It is left to the queue's own redrive policy."""
+    assert await received({"Messages": [altered(GOOD, ("ReceiptHandle",), ...)]}) == []
+
+
+@pytest.mark.parametrize("attempt", ["first", "", "-1", "1.5", "9" * 5000, "\u0661"])
+@virtual_time
+async def test_an_attribute_that_is_no_number_is_dead_lettered_and_the_worker_lives(attempt):
+    """One such message once killed each worker at every restart."""
+    async with world() as here:
+        queue = here.fake.model.queue(QUEUE)
+        attributes = {"attempt": {"DataType": "String", "StringValue": attempt}}
+        here.fake.model.send(queue, '{"from": "somebody"}', attributes)
+        await here.send(month="2001-01")
+        worker = here.consumer()
+        await here.emptied()
+
+        assert worker.runs == ["2001-01"]
+        assert not worker.task.done()
+        (letter,) = here.dead_letters()
+        assert (letter["body"], letter["reason_code"]) == ('{"from": "somebody"}', "invalid_delivery")
+
+
+@virtual_time
+async def test_messages_that_cannot_be_decoded_never_hold_up_good_ones():
+    """Sixty in a row, as a lifecycle rule leaves behind: the first good one begins within five seconds."""
+    async with world() as here:
+        began = here.now()
+        for _ in range(60):
+            await here.send("not json")
+        for month in months(3):
+            await here.send(month=month)
+        worker = here.consumer(slots=3)
+        await here.emptied()
+
+        assert len(here.dead_letters()) == 60
+        assert worker.started[0][0] - began < 5
+
+
+@virtual_time
+async def test_bad_messages_do_not_close_a_circuit_that_an_outage_opened():
+    """They say nothing of what does not answer: work goes on when it does, and nothing is dead-lettered for it."""
+    async with world() as here:
+        until = here.now() + 300
+
+        async def handle(_):
+            if here.now() < until:
+                raise ConnectionError
+
+        for month in months(12):
+            await here.send(month=month)
+        worker = here.consumer(handle, slots=12, retry_base_s=1000)
+        await here.until(lambda: worker.ended >= 12)
+        polls = len(here.calls("ReceiveMessage"))
+        for _ in range(5):
+            await here.send("not json")
+        await asyncio.sleep(30)
+
+        assert len(here.calls("ReceiveMessage")) - polls < 5
+        assert {letter["body"] for letter in here.dead_letters()} <= {"not json"}
+
+
+@virtual_time
+async def test_what_is_finished_and_not_deleted_is_bounded():
+    """Where deletes fail, work stops before much of it would have to be done again after a kill."""
+    async with world() as here:
+        here.fake.faults.append(Fault("DeleteMessageBatch", "error", times=10**6, until=here.now() + 18))
+        for month in months(100):
+            await here.send(month=month)
+        worker = here.consumer(slots=2)
+        await asyncio.sleep(18)
+
+        assert len(worker.finished) <= 2 + 10
+        await here.emptied()
+        assert sorted(worker.runs) == months(100)
+
+
+@virtual_time
+async def test_a_poll_that_never_answers_is_given_up_seconds_after_its_wait():
+    """Botocore's own repeats would hold the slot for minutes, and their time would count against the lease."""
+    async with world() as here:
+        here.fake.faults.append(Fault("ReceiveMessage", "slow", times=1, seconds=10**6))
+        began = here.now()
+        worker = here.consumer(poll_s=10)
+        await asyncio.sleep(1)
+        await here.send()
+        await here.emptied()
+
+        assert worker.started[0][0] - began < 10 + 5 + 5
+        assert worker.cancelled == []
+
+
+@virtual_time
+async def test_a_fate_is_told_once_it_has_come_about(monkeypatch):
+    """While SQS does not take the delete, nothing says that the message is gone."""
+    told = []
+    monkeypatch.setattr("shared.queue.consumer._Consumer._tell", lambda *_: told.append(True))
+    async with world() as here:
+        here.fake.faults.append(Fault("DeleteMessageBatch", "error", times=10**6, until=here.now() + 18))
+        await here.send()
+        worker = here.consumer()
+        await here.until(lambda: worker.ended == 1)
+        await asyncio.sleep(10)
+        before = list(told)
+        await here.emptied()
+        await worker.drained()
+
+        assert (before, told) == ([], [True])
