@@ -13,6 +13,7 @@ import structlog
 
 from shared import delivery
 from shared import metrics as declared
+from shared.concurrency import Stop
 from shared.config import ServiceSettings
 from shared.errors import Claimed, Unprocessable
 from shared.log import get_logger
@@ -57,9 +58,12 @@ async def consume(
     `handlers` maps a message's class to the async function that handles it; a class that is not there is dead-lettered.
 
     Raises:
-        Misconfigured: the queue or its dead-letter queue does not exist.
+        Misconfigured: the queue or its dead-letter queue does not exist, or cannot be used.
     """
-    consumer = _Consumer(handlers, await open_queue(sqs, queue), settings, stop, metrics)
+    opened = await open_queue(sqs, queue, patience_s=settings.start_patience_s)
+    if isinstance(stop, Stop):
+        stop.begun = True
+    consumer = _Consumer(handlers, opened, settings, stop, metrics)
     log.info("queue.consuming", queue=queue)
     await consumer.run()
 

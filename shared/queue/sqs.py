@@ -29,8 +29,10 @@ LONGEST_LEASE_S = 12 * 3600
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-visibility-timeout.html"""
 BEYOND_LIMIT = "beyond the limit"
 """Words by which SQS refuses an extension past that; its code is the one of an invalid handle, too."""
-START_PATIENCE_S = 30.0
-"""Seconds that SQS may take to answer at a start: a service may be started before what it needs."""
+NOT_THERE_YET = {"AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"}
+"""A queue that somebody may be creating now."""
+FEW_RECEIVES = 20
+"""A redrive policy that allows fewer takes good work away: outages and kills are receives, too."""
 START_PAUSE_S = 1.0
 ATTEMPT = "attempt"
 """Message attribute: how often the work was continued in a new message."""
@@ -40,6 +42,7 @@ NO_BODY = "{}"
 """What a message without a body is dead-lettered with: SQS takes no empty one."""
 MOST_DIGITS = 18
 """Longer numbers are nothing that SQS writes."""
+DENIED = "AccessDenied"
 AWS_ERRORS = (BotoCoreError, ClientError, OSError, TimeoutError)
 
 Item = TypeVar("Item")
@@ -138,14 +141,16 @@ class SqsQueue:
         await self._sqs.send_message(QueueUrl=url, MessageBody=body, MessageAttributes=told)
 
 
-async def open_queue(sqs: "SQSClient", name: str) -> SqsQueue:
-    """Find a queue and its dead-letter queue.
+async def open_queue(sqs: "SQSClient", name: str, *, patience_s: float) -> SqsQueue:
+    """Find a queue and its dead-letter queue, for `patience_s` seconds where they do not answer or exist.
 
     Raises:
-        Misconfigured: one of them does not exist, or SQS does not answer.
+        Misconfigured: one of them cannot be used, or is not there when the patience ends.
     """
+    if name.endswith(".fifo"):
+        raise Misconfigured(f"The queue {name} is a FIFO queue: it holds up all work behind one message that fails.")
     try:
-        return await patiently(partial(_open, sqs, name))
+        return await patiently(partial(_open, sqs, name), patience_s)
     except AWS_ERRORS as error:
         raise Misconfigured(f"The queue {name} or its dead-letter queue cannot be used: {code_of(error)}.") from None
 
@@ -156,19 +161,35 @@ async def _open(sqs: "SQSClient", name: str) -> SqsQueue:
     policy = answer.get("Attributes", {}).get("RedrivePolicy")
     if policy is None:
         raise Misconfigured(f"The queue {name} has no redrive policy: give it a dead-letter queue.")
-    dead_letter_queue = json.loads(policy)["deadLetterTargetArn"].rsplit(":", 1)[1]
-    return SqsQueue(sqs, name, url, (await sqs.get_queue_url(QueueName=dead_letter_queue))["QueueUrl"])
+    redrive = json.loads(policy)
+    if int(redrive["maxReceiveCount"]) < FEW_RECEIVES:
+        log.warning("queue.few_receives", queue=name, max_receive_count=redrive["maxReceiveCount"], least=FEW_RECEIVES)
+    dead_letter_queue = redrive["deadLetterTargetArn"].rsplit(":", 1)[1]
+    dead_letter_url = (await sqs.get_queue_url(QueueName=dead_letter_queue))["QueueUrl"]
+    await _check_sendable(sqs, dead_letter_queue, dead_letter_url)
+    return SqsQueue(sqs, name, url, dead_letter_url)
 
 
-async def patiently(call: Callable[[], Awaitable[Result]]) -> Result:
-    """Make a call again while SQS does not answer it; one that is refused, or START_PATIENCE_S later, raises."""
+async def _check_sendable(sqs: "SQSClient", name: str, url: str) -> None:
+    """Send a batch of nothing, which SQS refuses to everybody, but with another error to those who may not send."""
+    try:
+        await sqs.send_message_batch(QueueUrl=url, Entries=[])
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] == HTTPStatus.FORBIDDEN or DENIED in code_of(error):
+            raise Misconfigured(f"The dead-letter queue {name} cannot be sent to: {code_of(error)}.") from None
+        if not _is_refusal(error):
+            raise
+
+
+async def patiently(call: Callable[[], Awaitable[Result]], patience_s: float) -> Result:
+    """Make a call again while SQS does not answer it, or lacks the queue; after `patience_s`, or if refused, raise."""
     loop = asyncio.get_running_loop()
-    until = loop.time() + START_PATIENCE_S
+    until = loop.time() + patience_s
     while True:
         try:
             return await call()
         except AWS_ERRORS as error:
-            if _is_refusal(error) or loop.time() > until:
+            if (_is_refusal(error) and code_of(error) not in NOT_THERE_YET) or loop.time() >= until:
                 raise
             log.warning("queue.waiting", error=code_of(error))
         await asyncio.sleep(START_PAUSE_S)

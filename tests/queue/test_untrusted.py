@@ -3,9 +3,12 @@
 import asyncio
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.config import Misconfigured, ServiceSettings
+from shared.queue import consume
 from shared.queue.sqs import SqsQueue
 from tests.queue.fakesqs import Fault
 from tests.queue.virtualtime import virtual_time
@@ -203,3 +206,54 @@ async def test_a_fate_is_told_once_it_has_come_about(monkeypatch):
         await worker.drained()
 
         assert (before, told) == ([], [True])
+
+
+@virtual_time
+async def test_a_queue_that_is_created_while_the_service_starts_is_waited_for():
+    """Not there yet is no misconfiguration before the patience ends."""
+    async with world() as here:
+        late = f"{QUEUE}-late"
+        consuming = asyncio.create_task(consume_from(here, late))
+        await asyncio.sleep(10)
+        here.fake.create(late)
+        await asyncio.sleep(10)
+
+        assert not consuming.done()
+        assert [one for one in here.log("call", late) if one.details["operation"] == "ReceiveMessage"]
+        consuming.cancel()
+
+
+@virtual_time
+async def test_a_fifo_queue_is_refused():
+    """It would hold up everything behind one message that fails."""
+    async with world() as here:
+        with pytest.raises(Misconfigured, match="FIFO"):
+            await consume_from(here, "work.fifo")
+
+
+@virtual_time
+async def test_a_dead_letter_queue_that_cannot_be_sent_to_is_told_at_the_start():
+    """Else the first bad message would come for ever; nothing is sent to find it out."""
+    async with world() as here:
+        here.fake.faults.append(Fault("SendMessageBatch", "error", times=10**6, status=403, code="AccessDenied"))
+        with pytest.raises(Misconfigured, match=f"{QUEUE}-dlq cannot be sent to: AccessDenied"):
+            await consume_from(here, QUEUE)
+
+        assert here.log("sent", f"{QUEUE}-dlq") == []
+
+
+@virtual_time
+async def test_a_redrive_policy_that_takes_good_work_away_is_warned_of():
+    """Kills and outages are receives, too."""
+    with structlog.testing.capture_logs() as lines:
+        async with world(max_receives=3) as here:
+            here.consumer()
+            await asyncio.sleep(1)
+
+    assert {"event": "queue.few_receives", "queue": QUEUE, "max_receive_count": 3, "least": 20}.items() <= lines[
+        0
+    ].items()
+
+
+async def consume_from(here, queue):
+    await consume({}, here.sqs, queue, settings=ServiceSettings(), stop=asyncio.Event())
