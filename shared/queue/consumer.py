@@ -21,7 +21,16 @@ from shared.messages import Event, Message, decode
 from shared.metrics import Metrics
 from shared.queue.circuit import Circuit
 from shared.queue.deletes import Deleter
-from shared.queue.fates import Fate, dead_letter_attributes, fate_of, is_bug, reason_of, retry_delay_s, why_of
+from shared.queue.fates import (
+    MOST_DEATHS,
+    Fate,
+    dead_letter_attributes,
+    fate_of,
+    is_bug,
+    reason_of,
+    retry_delay_s,
+    why_of,
+)
 from shared.queue.leases import LeaseKeeper
 from shared.queue.sqs import AWS_ERRORS, BATCH, POLL_MARGIN_S, Received, SqsQueue, code_of, open_queue
 from shared.queue.trace import handling
@@ -191,7 +200,8 @@ class _Consumer:
             error = caught
         message.handler = None  # a lease that is lost from here on has nobody to tell
         seconds = time.monotonic() - started
-        fate = fate_of(error, message.receive_count)
+        message.bugs += is_bug(error)
+        fate = fate_of(error, message.bugs)
         self._note(fate, error)
         try:
             deleted = await self._settle(message, fate, error)
@@ -245,6 +255,8 @@ class _Consumer:
     async def _dispatch(self, message: Received) -> None:
         if message.fault is not None:
             raise message.fault
+        if message.deaths >= MOST_DEATHS:
+            raise Unprocessable("worker_died")
         decoded = decode(message.body)
         with handling(f"{self.queue.name} process", decoded.traceparent):
             if isinstance(decoded, Event):
@@ -260,18 +272,33 @@ class _Consumer:
         """Bring the fate about; what is returned is done once SQS has deleted the message."""
         if message.lost is not None:
             return None
-        if fate is Fate.RETRY:
-            await self.keeper.release([message], retry_delay_s(message.receive_count, self.settings.retry_base_s))
-            return None
-        if fate is Fate.RELEASE:
-            await self._release(message)
-            return None
+        if fate in (Fate.RETRY, Fate.RELEASE):
+            return await self._give_back(message, fate, bug=is_bug(error))
         if fate is Fate.DEAD_LETTER:
             attributes = dead_letter_attributes(error, message.receive_count)
             await self.queue.dead_letter(message, attributes)
             self._count(declared.DEAD_LETTERS, Reason=attributes["reason_code"])
         elif fate is Fate.CONTINUE:
-            await self.queue.send_again(message)
+            await self.queue.send_again(message, {"attempt": message.attempt + 1})
+        return self.deleter.delete(message)
+
+    async def _give_back(self, message: Received, fate: Fate, *, bug: bool) -> "asyncio.Future[None] | None":
+        """Have the message come again: by its visibility, or as a new one where counts must go along.
+
+        SQS counts receives and nothing else. So that what is given back in good order is told from what a killed worker
+        leaves, only the first time is by visibility; whether it was that or a kill is not known, and not counted.
+        """
+        if fate is Fate.RELEASE:
+            delay_s = self._release_delay_s()
+            self._count(declared.RELEASED_AT_DRAIN)
+        else:
+            delay_s = retry_delay_s(message.receive_count, self.settings.retry_base_s)
+        if message.receive_count == 1 and not bug:
+            await self.keeper.release([message], delay_s)
+            return None
+        deaths = message.deaths if message.receive_count > message.deliveries else max(0, message.deaths - 1)
+        counts = {"receives": message.receive_count, "deaths": deaths, "bugs": message.bugs}
+        await self.queue.send_again(message, counts | {"attempt": message.attempt}, delay_s=delay_s)
         return self.deleter.delete(message)
 
     # Drain.
@@ -305,11 +332,10 @@ class _Consumer:
         if self.running:  # their handlers have ended, and what follows from that is under way
             await asyncio.wait(self.running.values(), timeout=SETTLE_GRACE_S)
 
-    async def _release(self, message: Received) -> None:
-        """Make a cancelled message visible: at once, unless a poll that may not be heard any more could take it."""
+    def _release_delay_s(self) -> int:
+        """A cancelled message is visible at once, unless a poll that may not be heard any more could take it."""
         left_s = 0.0 if self.poll is None else self.poll_ends - asyncio.get_running_loop().time()
-        await self.keeper.release([message], math.ceil(left_s) + 1 if left_s > 0 else 0)
-        self._count(declared.RELEASED_AT_DRAIN)
+        return math.ceil(left_s) + 1 if left_s > 0 else 0
 
     # Count.
 

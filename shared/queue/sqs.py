@@ -34,8 +34,8 @@ NOT_THERE_YET = {"AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"}
 FEW_RECEIVES = 20
 """A redrive policy that allows fewer takes good work away: outages and kills are receives, too."""
 START_PAUSE_S = 1.0
-ATTEMPT = "attempt"
-"""Message attribute: how often the work was continued in a new message."""
+COUNTS = ("attempt", "receives", "bugs", "deaths")
+"""The message attributes that go along when a message is sent again, as `Received` explains them."""
 POLL_MARGIN_S = 5.0
 """A poll that has not answered this many seconds after its wait is given up."""
 NO_BODY = "{}"
@@ -57,8 +57,17 @@ class Received:
     message_id: str
     body: str
     receipt_handle: str
-    receive_count: int
+    deliveries: int
+    """How often SQS handed out this very message."""
     attempt: int
+    """How often the work was continued in a new message: what follows counts from there."""
+    receive_count: int
+    """How often the work was received, in this message and in those that it was sent again from."""
+    bugs: int
+    """How often its handler raised what no table knows."""
+    deaths: int
+    """How often nothing more was heard of who received it: it was killed. One too many while this very message, once
+    given back in good order, has not been sent again."""
     waited_s: float
     """From being sent to the first receive."""
     lease_until: float
@@ -97,7 +106,7 @@ class SqsQueue:
                     "ApproximateReceiveCount",
                     "SentTimestamp",
                 ],
-                MessageAttributeNames=[ATTEMPT],
+                MessageAttributeNames=list(COUNTS),
             )
         delivered = response.get("Messages")
         made = [_received(one, before, visibility_s) for one in delivered] if isinstance(delivered, list) else []
@@ -132,13 +141,14 @@ class SqsQueue:
         """Send the body to the dead-letter queue, with the reason beside it."""
         await self._send(self._dead_letter_url, message.body, attributes)
 
-    async def send_again(self, message: Received) -> None:
-        """Send the body as a new message of this queue, with its attempt counted."""
-        await self._send(self._url, message.body, {ATTEMPT: str(message.attempt + 1)})
+    async def send_again(self, message: Received, counts: Mapping[str, int], *, delay_s: int = 0) -> None:
+        """Send the body as a new message of this queue, visible after `delay_s`, with its counts beside it."""
+        attributes = {name: str(counts[name]) for name in COUNTS if counts.get(name)}
+        await self._send(self._url, message.body, attributes, delay_s)
 
-    async def _send(self, url: str, body: str, attributes: Mapping[str, str]) -> None:
+    async def _send(self, url: str, body: str, attributes: Mapping[str, str], delay_s: int = 0) -> None:
         told: Any = {name: {"DataType": "String", "StringValue": value} for name, value in attributes.items()}
-        await self._sqs.send_message(QueueUrl=url, MessageBody=body, MessageAttributes=told)
+        await self._sqs.send_message(QueueUrl=url, MessageBody=body, MessageAttributes=told, DelaySeconds=delay_s)
 
 
 async def open_queue(sqs: "SQSClient", name: str, *, patience_s: float) -> SqsQueue:
@@ -227,8 +237,11 @@ def _received(delivered: Any, before: float, visibility_s: int) -> Received | No
         message_id="",
         body=NO_BODY,
         receipt_handle=handle,
-        receive_count=1,
+        deliveries=1,
         attempt=0,
+        receive_count=1,
+        bugs=0,
+        deaths=0,
         waited_s=0.0,
         lease_until=before + visibility_s,
         ends_at=before + LONGEST_LEASE_S,
@@ -237,19 +250,21 @@ def _received(delivered: Any, before: float, visibility_s: int) -> Received | No
         message.body = _text(found, "Body")
         message.message_id = _text(found, "MessageId")
         attributes = found.get("Attributes")
-        message.receive_count = _number(attributes, "ApproximateReceiveCount", least=1)
+        message.deliveries = _number(attributes, "ApproximateReceiveCount", least=1)
         first, sent = (_number(attributes, n) for n in ("ApproximateFirstReceiveTimestamp", "SentTimestamp"))
         message.waited_s = (first - sent) / 1000
-        message.attempt = _attempt(found.get("MessageAttributes", {}))
+        message.attempt, receives, message.bugs, deaths = _counts(found.get("MessageAttributes", {}))
+        message.receive_count = receives + message.deliveries
+        message.deaths = deaths + message.deliveries - 1
     except Unprocessable as fault:
         message.fault = fault
     return message
 
 
-def _attempt(attributes: Any) -> int:
+def _counts(attributes: Any) -> list[int]:
     if not isinstance(attributes, dict):
         raise Unprocessable("invalid_delivery", "MessageAttributes")
-    return _number(attributes[ATTEMPT], "StringValue") if ATTEMPT in attributes else 0
+    return [_number(attributes[name], "StringValue") if name in attributes else 0 for name in COUNTS]
 
 
 def _text(found: Any, name: str) -> str:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.config import Misconfigured, ServiceSettings
+from shared.errors import Claimed, Unavailable
 from shared.queue import consume
 from shared.queue.sqs import SqsQueue
 from tests.queue.fakesqs import Fault
@@ -257,3 +258,102 @@ async def test_a_redrive_policy_that_takes_good_work_away_is_warned_of():
 
 async def consume_from(here, queue):
     await consume({}, here.sqs, queue, settings=ServiceSettings(), stop=asyncio.Event())
+
+
+async def killed(here, *, times):
+    """Receive what is there and never be heard of again, so many times."""
+    for _ in range(times):
+        url = (await here.sqs.get_queue_url(QueueName=QUEUE))["QueueUrl"]
+        found = {}
+        while "Messages" not in found:
+            found = await here.sqs.receive_message(QueueUrl=url, VisibilityTimeout=1, WaitTimeSeconds=20)
+        await asyncio.sleep(1)
+
+
+@virtual_time
+async def test_kills_are_no_bugs():
+    """Two kills, as by a deployment, and then one exception: the work is tried again, and done."""
+    async with world() as here:
+        failing = [KeyError()]
+
+        async def handle(_):
+            if failing:
+                raise failing.pop()
+
+        await here.send()
+        await killed(here, times=2)
+        worker = here.consumer(handle)
+        await here.emptied()
+
+        assert len(worker.finished) == 1
+        assert here.dead_letters() == []
+
+
+@virtual_time
+async def test_what_was_in_work_at_five_kills_is_dead_lettered():
+    """It may be what kills the workers: it is not begun once more, and the reason is told."""
+    async with world() as here:
+        await here.send()
+        await killed(here, times=5)
+        worker = here.consumer()
+        await here.emptied()
+
+        assert worker.runs == []
+        assert [letter["reason_code"] for letter in here.dead_letters()] == ["worker_died"]
+
+
+@pytest.mark.parametrize("error", [Unavailable("an outage"), Claimed("by another")])
+@virtual_time
+async def test_no_outage_ever_counts_as_a_kill_or_a_bug(error):
+    """Thirty times given back, four kills and two exceptions among them: the work is done in the end."""
+    async with world() as here:
+        endings = [error] * 15 + [KeyError()] + [error] * 15 + [KeyError()]
+
+        async def handle(_):
+            if endings:
+                raise endings.pop(0)
+
+        await here.send()
+        await killed(here, times=4)
+        worker = here.consumer(handle, retry_base_s=0.01)
+        await here.emptied(within_s=3600)
+
+        assert len(worker.finished) == 1
+        assert here.dead_letters() == []
+
+
+@virtual_time
+async def test_a_spot_notice_is_no_kill():
+    """A long job that ten workers in a row give back when they are told to stop is still done by the next."""
+    async with world() as here:
+
+        async def handle(_):
+            await asyncio.sleep(600)
+
+        await here.send()
+        for _ in range(10):
+            worker = here.consumer(handle, grace_s=0)
+            await here.until(lambda worker=worker: bool(worker.started))
+            await worker.drained()
+        last = here.consumer(handle)
+        await here.emptied(within_s=1200)
+
+        assert len(last.finished) == 1
+        assert here.dead_letters() == []
+
+
+@virtual_time
+async def test_the_third_bug_is_the_last_whatever_lies_between():
+    """Outages and kills between them neither add to bugs nor make them forgotten."""
+    async with world() as here:
+        endings = [KeyError(), Unavailable("x"), KeyError(), Unavailable("x"), KeyError()]
+
+        async def handle(_):
+            raise endings.pop(0)
+
+        await here.send()
+        here.consumer(handle, retry_base_s=0.01)
+        await here.emptied()
+
+        (letter,) = here.dead_letters()
+        assert (letter["reason_code"], letter["receive_count"]) == ("bug", "5")
