@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import TypeAdapter
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -24,9 +23,9 @@ from rich.table import Table
 from cli import show
 from cli.client import Refused
 from cli.study.uploads import files
-from services.ingest.answers import Instance
 from services.ingest.decoder import Decoder, Rejected
 from services.ingest.geometry import Slice, survey
+from services.ingest.protocol import Instance, Locate
 from services.ingest.reasons import REASONS, WARNINGS
 from services.ingest.settings import IngestSettings
 from shared.child import ChildFailed
@@ -34,8 +33,6 @@ from shared.concurrency import all_of, temporary_folder
 from shared.config import load
 from shared.errors import Unavailable
 from shared.messages import Geometry
-
-_SLICES = TypeAdapter(list[Slice])
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,10 +260,10 @@ async def _verdict(name: str, path: Path, out: Path, decoder: Decoder) -> Found:
         seconds=seconds,
     )
     try:
-        told = await decoder.series_call({"op": "slices", "path": str(out)})
+        found = await decoder.series_call(Locate(str(out)))
     except ChildFailed as failed:
         return verdict, Taken(instance, [], None, f"series_{failed.reason_code}")
-    return verdict, Taken(instance, _SLICES.validate_python(told["slices"]), told["modality"])
+    return verdict, Taken(instance, found.slices, found.modality)
 
 
 def _show(check: Check) -> None:

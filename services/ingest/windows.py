@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from services.ingest.arrays import ArrayConfig
+from services.ingest.protocol import ArrayConfig
 from shared.idempotency import store_once, stored
 from shared.objects import ObjectStore
 

@@ -10,14 +10,15 @@ import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from services.inference.package.engine import Mount
 from services.inference.package.maps import Image, Map
 from services.inference.serving import hostfiles
-from shared.child import Child, ChildFailed, Json, Limits
+from services.inference.serving.protocol import Ended, Ending, RunApplication, RunCommand, Start
+from shared.child import BROKEN_PROTOCOL, Child, ChildFailed, Json, Limits, Request
 from shared.errors import Unavailable
 from shared.log import get_logger
 
@@ -38,16 +39,7 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 TRIED_AGAIN = {"crashed", "out_of_memory", "gpu_out_of_memory"}
 """What may come of the studies that a process ran before."""
 
-Outcome = Literal[
-    "ran",
-    "no_matching_series",
-    "application_error",
-    "deadline",
-    "out_of_memory",
-    "gpu_out_of_memory",
-    "gpu_lost",
-    "crashed",
-]
+Outcome = Literal[Ending, "deadline"]
 log = get_logger()
 
 
@@ -229,16 +221,24 @@ class _Host:
             Unavailable: its files cannot be copied.
             WorkerUnfit: it cannot be here.
         """
+        try:
+            device = await self._started()
+        except ChildFailed as failed:
+            if not failed.broke_protocol:
+                raise
+            device = await self._started()  # what was heard may be of an earlier study
+        # An application would go on without its GPU, a hundred times slower, and nobody would know why.
+        if self.device == "cuda" and device != "cuda":
+            raise GpuLost
+        self.device = device
+
+    async def _started(self) -> str:
         if self.child is None or not self.child.alive:
             await self.stop(kill=True)
             if self._copy is None and self.map.place is not None:
                 await asyncio.to_thread(self._take_copy)
             self.child = self._new_child()
-        reply = await self.child.call({}, deadline_s=self.bounds.start_deadline_s)
-        # An application would go on without its GPU, a hundred times slower, and nobody would know why.
-        if self.device == "cuda" and reply["device"] != "cuda":
-            raise GpuLost
-        self.device = reply["device"]
+        return (await self.child.call(Start(), deadline_s=self.bounds.start_deadline_s)).device
 
     async def run(self, study: Study) -> Run:
         """Run the MAP on a study; its process has been started."""
@@ -250,8 +250,8 @@ class _Host:
         try:
             async with _log_kept_small(study):
                 with self._seen(study) as place:
-                    reply = await self.child.call(self._request(place), deadline_s=self.deadline_s)
-            run = Run(**reply)
+                    ended = await self.child.call(self._request(place), deadline_s=self.deadline_s)
+            run = Run(**asdict(ended))
         except ChildFailed as failed:
             run = _run_of(failed, loop.time() - started, self.device, _out_of_memory_kills() > kills)
         finally:
@@ -306,10 +306,11 @@ class _Host:
                 raise Unavailable(f"the MAP's folder cannot be copied: {code}") from None
             self._copy, self._program = stack.pop_all(), copied
 
-    def _request(self, place: str) -> Json:
-        folders = (f"{place}/input", f"{place}/output", f"{place}/work")
-        request: Json = {"study": place, "environment": self._program.environment(*folders)}
-        return request | ({"command": list(self._program.command)} if self.isolation == "process" else {})
+    def _request(self, place: str) -> Request[Ended]:
+        environment = self._program.environment(f"{place}/input", f"{place}/output", f"{place}/work")
+        if self.isolation == "process":
+            return RunCommand(place, environment, list(self._program.command))
+        return RunApplication(place, environment)
 
     def _new_child(self) -> Child:
         """Return a child that starts at its first call."""
@@ -392,7 +393,8 @@ class MapRunner:
         """Run the MAP on a study that lies in its folder; waits until no other MAP computes.
 
         Being cancelled kills the process. After any failure it is replaced, as after many studies and when its memory
-        has grown. Where earlier studies of the process may be the cause of a failure, a fresh one tries again.
+        has grown. Where earlier studies of the process may be the cause of a failure, or somebody else answered in its
+        place, a fresh one tries again.
 
         Raises:
             WorkerUnfit, MapChanged: as above.
@@ -404,7 +406,7 @@ class MapRunner:
             if host is None or digest not in {None, host.map.digest}:
                 raise Unavailable("the MAP was replaced meanwhile")
             run = await self._run(host, study)
-            if run.outcome in TRIED_AGAIN and not run.was_first:
+            if run.outcome in TRIED_AGAIN and (not run.was_first or run.error_type == BROKEN_PROTOCOL):
                 log.warning("map.tried_again", map=name, outcome=run.outcome, error_type=run.error_type)
                 await asyncio.to_thread(study.clear)
                 run = await self._run(host, study)
