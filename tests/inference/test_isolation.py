@@ -166,7 +166,7 @@ def test_a_map_may_have_modules_of_our_names(tmp_path):
     (tmp_path / "app.py").write_text("import shared\nraise RuntimeError(shared.NAME)")
     host = json.dumps({"application": str(tmp_path)})
     call = b'{"id": 1, "request": {"do": "start"}}\n'
-    from services.inference.serving.runner import START  # noqa: PLC0415 - beside its use
+    from services.inference.serving.host import START  # noqa: PLC0415 - beside its use
 
     root = hostfiles.lay_out(tmp_path / "host")
     done = subprocess.run(
