@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint docs bench chaos release
+.PHONY: setup demo test coverage lint docs bench chaos release
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml deploy/constraints.txt deploy/setup
@@ -13,7 +13,11 @@ demo: setup
 	$(BIN)/radqueue demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		-m 'not slow and not nightly' $(COVERAGE) $(ARGS)
+
+coverage: COVERAGE := --cov
+coverage: test
 
 lint: setup
 	$(BIN)/ruff check

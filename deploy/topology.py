@@ -17,8 +17,9 @@ from typing import Any, Self
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import ClientError
 from pydantic import BaseModel, ConfigDict
+
+from shared.aws_errors import AWS_ERRORS, code_of
 
 DESCRIPTION = files("deploy") / "topology.json"
 DATASTORE_TIMEOUT_S = 600
@@ -187,6 +188,6 @@ def _create_datastore(imaging: Any, name: str) -> str:
 def _unless_exists(call: Callable[[], Any], exists_code: str) -> None:
     try:
         call()
-    except ClientError as error:
-        if error.response["Error"]["Code"] != exists_code:
+    except AWS_ERRORS as error:
+        if code_of(error) != exists_code:
             raise

@@ -59,7 +59,7 @@ Result = TypeVar("Result")
 Clock = Callable[[], datetime]
 
 
-async def stored(objects: ObjectStore, key: str, kind: type[Record]) -> Record | None:
+async def stored(key: str, kind: type[Record], *, objects: ObjectStore) -> Record | None:
     """Return the record under `key`, or None if it is not there yet.
 
     Raises:
@@ -71,19 +71,19 @@ async def stored(objects: ObjectStore, key: str, kind: type[Record]) -> Record |
         return None
 
 
-async def store_once(objects: ObjectStore, key: str, record: Record) -> Record:
+async def store_once(key: str, record: Record, *, objects: ObjectStore) -> Record:
     """Store the record unless there is one already, and return the one that is there."""
     if await objects.put_if_absent(key, record.model_dump_json(indent=1).encode()):
         return record
-    return await stored(objects, key, type(record)) or record
+    return await stored(key, type(record), objects=objects) or record
 
 
 async def once(
-    objects: ObjectStore,
     key: str,
     kind: type[Record],
     work: Callable[[int], Awaitable[Record | Other]],
     *,
+    objects: ObjectStore,
     claim: str,
     lease_s: float,
     clock: Clock,
@@ -92,18 +92,18 @@ async def once(
 
     Raises as `make_once` does.
     """
-    done = await stored(objects, key, kind)
+    done = await stored(key, kind, objects=objects)
     if done is not None:
         return done
-    return await make_once(objects, key, kind, work, claim=claim, lease_s=lease_s, clock=clock)
+    return await make_once(key, kind, work, objects=objects, claim=claim, lease_s=lease_s, clock=clock)
 
 
 async def make_once(
-    objects: ObjectStore,
     key: str,
     kind: type[Record],
     work: Callable[[int], Awaitable[Record | Other]],
     *,
+    objects: ObjectStore,
     claim: str,
     lease_s: float,
     clock: Clock,
@@ -123,11 +123,12 @@ async def make_once(
     """
 
     async def do(epoch: int) -> Record | Other:
-        done = await stored(objects, key, kind)  # the last owner may have stored it just before the claim was free
+        # The last owner may have stored it just before the claim was free.
+        done = await stored(key, kind, objects=objects)
         if done is not None:
             return done
         made = await work(epoch)
-        return await store_once(objects, key, made) if isinstance(made, kind) else made
+        return await store_once(key, made, objects=objects) if isinstance(made, kind) else made
 
     return await _claimed(_Claim(objects, claim, lease_s, clock), do)
 

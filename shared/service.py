@@ -9,16 +9,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from shared import log, spot
 from shared.aws import Aws, connect
+from shared.aws_errors import AWS_ERRORS, Kind, code_of, kind_of
 from shared.config import Misconfigured, ServiceSettings, load
 from shared.metrics import Metrics
 from shared.workfolder import own_folder, temporary_files_in
 
 EXIT_MISCONFIGURED = 2
-HTTP_SERVER_ERROR = 500
 START_PATIENCE_S = 30
 START_PAUSE_S = 1
 
@@ -99,12 +97,10 @@ async def _bucket_answers(aws: Aws, bucket: str, stop: asyncio.Event) -> None:
             while not stop.is_set():
                 try:
                     await aws.s3.head_bucket(Bucket=bucket)
-                except ClientError as error:
-                    last = error.response["Error"]["Code"]
-                    if error.response["ResponseMetadata"]["HTTPStatusCode"] < HTTP_SERVER_ERROR:
+                except AWS_ERRORS as error:
+                    last = code_of(error)
+                    if kind_of(error) is not Kind.UNAVAILABLE:
                         raise Misconfigured(f"RADQUEUE_BUCKET: S3 at {where} answers {last} for this bucket.") from None
-                except BotoCoreError as error:
-                    last = type(error).__name__
                 else:
                     return
                 log.get_logger().warning("service.waiting", error=last)

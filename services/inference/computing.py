@@ -78,10 +78,10 @@ async def compute(
         )
 
     return await make_once(
-        objects,
         f"{prefix}outputs.json",
         Outputs,
         work,
+        objects=objects,
         claim=f"{prefix}claim.json",
         lease_s=lease_s,
         clock=clock,

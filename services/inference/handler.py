@@ -75,7 +75,6 @@ async def route(
 
     # Store: the first worker's choice stands, also where another one has newer MAPs.
     routing = await store_once(
-        objects,
         f"{routing_prefix(series)}routing.json",
         Routing(
             maps=tuple(
@@ -87,6 +86,7 @@ async def route(
             modality=ready.data.modality,
             time=clock(),
         ),
+        objects=objects,
     )
 
     # Ask, or tell that there is nobody to ask.
@@ -174,7 +174,7 @@ async def infer(
         answer = _failure(requested, attempt, failed, clock())
 
     # Store, then announce.
-    await _announce(await store_once(objects, _key_of(answer), answer), publish=publish)
+    await _announce(await store_once(_key_of(answer), answer, objects=objects), publish=publish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,22 +190,22 @@ class _Known:
 async def _known(requested: InferenceRequested, *, objects: ObjectStore) -> _Known:
     """Look for what is there already; the failure of an earlier request is removed, for it would tell of this one."""
     prefix = result_prefix(requested.data)
-    done = await stored(objects, f"{prefix}result.json", Result)
+    done = await stored(f"{prefix}result.json", Result, objects=objects)
     if done is not None:
         return _Known(answer=done)
-    failed = await stored(objects, f"{prefix}failure.json", Failure)
+    failed = await stored(f"{prefix}failure.json", Failure, objects=objects)
     if failed is not None and failed.request_id == requested.id:
         return _Known(answer=failed)
     if failed is not None:
         await objects.delete(failed.failure_key)
-    return _Known(outputs=await stored(objects, f"{prefix}outputs.json", Outputs))
+    return _Known(outputs=await stored(f"{prefix}outputs.json", Outputs, objects=objects))
 
 
 async def _is_superseded(task: InferenceTask, served: InstalledMap | None, *, objects: ObjectStore) -> bool:
     """Tell whether a newer revision, or a newer state of the study, makes the request needless."""
     newer = await _superseded_by(task.inputs, objects=objects)
     of_study = served is not None and served.route.level == "study"
-    if newer is None and not (of_study and await stable_studies.is_superseded(task, objects)):
+    if newer is None and not (of_study and await stable_studies.is_superseded(task, objects=objects)):
         return False
     log.info("inference.superseded", map=task.map, by=newer)
     return True

@@ -164,7 +164,7 @@ def _refusal(entry: zipfile.ZipInfo) -> str | None:
 
 def _gunzip(archive: Path, inflated: Path, caps: ZipCaps) -> None:
     limit = max(RATIO_FROM_BYTES, int(archive.stat().st_size * caps.ratio))
-    headers = 4 * TAR_BLOCK * caps.entries  # and padding
+    headers = 4 * TAR_BLOCK * caps.entries + tarfile.RECORDSIZE  # and padding, of members and at the end
     most = min(limit, caps.unpacked_bytes + headers)
     with gzip.open(archive) as stream, inflated.open("wb") as file:
         if _copy(stream, file, most) is None:

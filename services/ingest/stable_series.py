@@ -67,7 +67,9 @@ async def expect_settling(dataset: str, study_uid: str, series_uid: str, *, port
     told = SettlingSeries(dataset=dataset, study_uid=study_uid, series_uid=series_uid, bucket=bucket, first_seen=now)
     marker = _markers(told) + bucket
     async with ports.markers(marker):
-        await send_once(ports.objects, marker, lambda: _look_later(told, now, delay_s(quiet_s, quiet_s), ports))
+        await send_once(
+            marker, lambda: _look_later(told, now, delay_s(quiet_s, quiet_s), ports=ports), objects=ports.objects
+        )
 
 
 def _markers(series: SettlingSeries) -> str:
@@ -88,10 +90,10 @@ async def handle_settling(event: SeriesSettling, *, ports: Ports) -> None:
     """
     arrived = ports.clock()
     async with ports.settling(event.data.series_uid):
-        await _look(event, arrived, ports)
+        await _look(event, arrived, ports=ports)
 
 
-async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
+async def _look(event: SeriesSettling, arrived: datetime, *, ports: Ports) -> None:
     series, settings, now = event.data, ports.settings, ports.clock()
 
     # Fetch.
@@ -105,7 +107,7 @@ async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
     overdue = since + timedelta(seconds=settings.max_settle_s)
 
     # Check.
-    if not await is_responsible(ports.objects, _markers(series), series.bucket, overdue):
+    if not await is_responsible(_markers(series), series.bucket, overdue, objects=ports.objects):
         log.info("series.left_to_newer", series=series.series_uid, instances=len(stored))
         return
     age_s = (now - max(stored)).total_seconds() - LAST_MODIFIED_S
@@ -116,15 +118,15 @@ async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
     backlog = receive_count() == 1 and late_s > max(settings.quiet_s, BACKLOG_S)
     if now < overdue and (age_s < quiet_s or backlog):
         wait_s = settings.quiet_s if backlog else quiet_s - age_s
-        await _look_later(series, now, delay_s(wait_s, settings.quiet_s), ports)
+        await _look_later(series, now, delay_s(wait_s, settings.quiet_s), ports=ports)
         log.info("series.unsettled", series=series.series_uid, instances=len(stored), backlog=backlog)
         return
 
     # Compute, store and announce.
-    await _settle(series.dataset, (series.study_uid, series.series_uid), (now, listing), ports)
+    await _settle(series.dataset, (series.study_uid, series.series_uid), (now, listing), ports=ports)
 
 
-async def _look_later(series: SettlingSeries, now: datetime, delay_s: int, ports: Ports) -> None:
+async def _look_later(series: SettlingSeries, now: datetime, delay_s: int, *, ports: Ports) -> None:
     due = now + timedelta(seconds=delay_s)
     await ports.publish(SeriesSettling.of(series.series_uid, series, time=due), delay_s=delay_s)
 
@@ -141,11 +143,11 @@ async def settle(dataset: str, study_uid: str, series_uid: str, *, ports: Ports)
     async with ports.settling(series_uid):
         listed = ports.clock()
         listing = [item async for item in ports.objects.list(series_prefix(study_uid, series_uid))]
-        await _settle(dataset, (study_uid, series_uid), (listed, listing), ports)
+        await _settle(dataset, (study_uid, series_uid), (listed, listing), ports=ports)
 
 
 async def _settle(
-    dataset: str, uids: tuple[str, str], seen: tuple[datetime, Sequence[ObjectSummary]], ports: Ports
+    dataset: str, uids: tuple[str, str], seen: tuple[datetime, Sequence[ObjectSummary]], *, ports: Ports
 ) -> None:
     """Settle a series as a listing has it. Whoever lists later may be done earlier, and is newer nevertheless."""
     study_uid, series_uid = uids
@@ -158,10 +160,10 @@ async def _settle(
     # Compute and store, one worker at a time: of two revisions the later one names the earlier one.
     series = Series(dataset, study_uid, series_uid, tuple(instances), digest, listed)
     revision = await once(
-        ports.objects,
         revision_key(study_uid, series_uid, digest),
         Revision,
-        lambda _: _succeed(series, warnings, ports),
+        lambda _: _succeed(series, warnings, ports=ports),
+        objects=ports.objects,
         claim=f"settling/_claims/{study_uid}/{series_uid}.json",
         lease_s=ports.settings.visibility_s / 2,
         clock=ports.clock,
@@ -170,24 +172,24 @@ async def _settle(
         log.info("series.overtaken", series=series_uid, instances=len(instances))
         return
     if revision.dataset != dataset:
-        await _array_of_another(revision, dataset, ports)
+        await _array_of_another(revision, dataset, ports=ports)
 
     # Announce what is stored, which may be another worker's.
     await ports.publish(_ready(revision, ports.datasets.of(revision.dataset)))
     log.info("series.ready", series=series_uid, instances=len(revision.instances), warnings=revision.warnings)
 
 
-async def _succeed(series: Series, warnings: Sequence[str], ports: Ports) -> Revision | None:
+async def _succeed(series: Series, warnings: Sequence[str], *, ports: Ports) -> Revision | None:
     """Make the revision that follows those that are stored; None where one of them has all of it and more."""
-    made = await _revise(series, warnings, ports)
-    others = await _revisions(series.study_uid, series.series_uid, ports)
+    made = await _revise(series, warnings, ports=ports)
+    others = await _revisions(series.study_uid, series.series_uid, ports=ports)
     if any(set(made.instances) < set(other.instances) for other in others):
         return None
     newest = max(others, key=lambda other: other.created, default=None)
     return made.model_copy(update={"supersedes": newest.digest if newest else None})
 
 
-async def _revisions(study_uid: str, series_uid: str, ports: Ports) -> list[Revision]:
+async def _revisions(study_uid: str, series_uid: str, *, ports: Ports) -> list[Revision]:
     prefix = f"{series_prefix(study_uid, series_uid)}revisions/"
     return [Revision.parse(await ports.objects.get(item.key)) async for item in ports.objects.list(prefix)]
 
@@ -208,12 +210,12 @@ def _instances(listing: Sequence[ObjectSummary]) -> tuple[list[StoredInstance], 
     return [chosen[uid] for uid in sorted(chosen)], warnings
 
 
-async def _revise(series: Series, warnings: Sequence[str], ports: Ports) -> Revision:
+async def _revise(series: Series, warnings: Sequence[str], *, ports: Ports) -> Revision:
     """Describe the series, and make and store its training array."""
     async with temporary_folder("radqueue-series-") as folder:
-        paths = await _download(series.instances, folder, ports)
-        described = await _described(paths, ports)
-        array_key, more = await _array(series, paths, described, ports)
+        paths = await _download(series.instances, folder, ports=ports)
+        described = await _described(paths, ports=ports)
+        array_key, more = await _array(series, paths, described, ports=ports)
     return Revision(
         dataset=series.dataset,
         study_uid=series.study_uid,
@@ -229,7 +231,7 @@ async def _revise(series: Series, warnings: Sequence[str], ports: Ports) -> Revi
     )
 
 
-async def _described(paths: Sequence[str], ports: Ports) -> Described:
+async def _described(paths: Sequence[str], *, ports: Ports) -> Described:
     try:
         return await ports.decoder.series_call(Describe(paths))
     except ChildFailed as failed:
@@ -241,7 +243,7 @@ def _is_deidentified(rules: DatasetRules, described: Described) -> bool:
     return rules.deidentify is not None and rules.deidentify.studies and described.deidentified
 
 
-async def _download(instances: Sequence[StoredInstance], folder: Path, ports: Ports) -> list[str]:
+async def _download(instances: Sequence[StoredInstance], folder: Path, *, ports: Ports) -> list[str]:
     paths = [folder / f"{number}.dcm" for number in range(len(instances))]
     pairs = zip(instances, paths, strict=True)
     try:
@@ -254,7 +256,7 @@ async def _download(instances: Sequence[StoredInstance], folder: Path, ports: Po
 
 
 async def _array(
-    series: Series, paths: Sequence[str], described: Described, ports: Ports
+    series: Series, paths: Sequence[str], described: Described, *, ports: Ports
 ) -> tuple[str | None, Sequence[str]]:
     """Make and store the training array and its sidecar; return its key and warnings.
 
@@ -263,7 +265,7 @@ async def _array(
     if not described.n_grey:
         return None, ["colour_skipped"] if described.geometry else []
     rules = ports.datasets.of(series.dataset)
-    modality, told = described.attributes.get("Modality"), _array_uids(series, described, ports)
+    modality, told = described.attributes.get("Modality"), _array_uids(series, described, ports=ports)
     config = _config(rules, modality)
     blank = rules.deidentify.blank if rules.deidentify else ()
     out = Path(paths[0]).with_name("array.npy")
@@ -276,7 +278,7 @@ async def _array(
     try:
         if config.window is None:
             window_from = window_key(series.dataset, modality, config)
-            window = await window_of(window_from, config, told, measured, ports.objects)
+            window = await window_of(window_from, config, told, measured, objects=ports.objects)
             config = replace(config, window=window)
         made = await ports.decoder.series_call(Assemble(paths, str(out), config, blank, secret))
     except (ChildFailed, Unprocessable) as failed:
@@ -317,7 +319,7 @@ def _config(rules: DatasetRules, modality: object) -> ArrayConfig:
     )
 
 
-def _array_uids(series: Series, described: Described, ports: Ports) -> dict[str, str]:
+def _array_uids(series: Series, described: Described, *, ports: Ports) -> dict[str, str]:
     """Return what an array is known by; in a de-identified dataset nothing that whoever has the originals could know.
 
     A plain digest would show them which series it is, as a UID would.
@@ -344,14 +346,14 @@ def _array_prefix(dataset: str, told: dict[str, str]) -> str:
     return f"datasets/{dataset}/{told['series_uid']}.{told['digest']}."
 
 
-async def _array_of_another(revision: Revision, dataset: str, ports: Ports) -> None:
+async def _array_of_another(revision: Revision, dataset: str, *, ports: Ports) -> None:
     """Make the array of a series that was uploaded into a second dataset, by the rules of that one."""
     series = Series(
         dataset, revision.study_uid, revision.series_uid, revision.instances, revision.digest, revision.created
     )
     async with temporary_folder("radqueue-series-") as folder:
-        paths = await _download(series.instances, folder, ports)
-        await _array(series, paths, await _described(paths, ports), ports)
+        paths = await _download(series.instances, folder, ports=ports)
+        await _array(series, paths, await _described(paths, ports=ports), ports=ports)
 
 
 def _ready(revision: Revision, rules: DatasetRules) -> SeriesReady:

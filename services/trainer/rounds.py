@@ -85,7 +85,7 @@ async def modify(run: Run) -> StoredPlan | None:
         until=before + TrainingConfig.of(read_config(text)).steps,
         config=text,
     )
-    plan = await store_once(objects, f"{_folder(run, plan)}/plan.{plan.number}.json", plan)
+    plan = await store_once(f"{_folder(run, plan)}/plan.{plan.number}.json", plan, objects=objects)
     await objects.put(f"{run.folder}/config.js", plan.config.encode())
     return plan
 
@@ -163,13 +163,15 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
     key = f"{folder}/checkpoint.{run.epoch}.pt"
     await ports.objects.upload(out / "checkpoint.pt", key)
     return await store_once(
-        ports.objects, _trained_key(run, plan), StoredTrained.model_validate({**asdict(reply), "checkpoint_key": key})
+        _trained_key(run, plan),
+        StoredTrained.model_validate({**asdict(reply), "checkpoint_key": key}),
+        objects=ports.objects,
     )
 
 
 async def trained_of(run: Run, plan: StoredPlan) -> StoredTrained | None:
     """Return what was trained as planned, if it was."""
-    return await stored(run.ports.objects, _trained_key(run, plan), StoredTrained)
+    return await stored(_trained_key(run, plan), StoredTrained, objects=run.ports.objects)
 
 
 async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: Json) -> StoredRound | None:
@@ -220,7 +222,7 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
     why_not = policy.why_not(done.observation(), goal_of(run.request))
     done = done.model_copy(update={"told": told.model_copy(update={"approved": not why_not, "why_not": why_not})})
     await Checkpoints(objects, folder, plan.number, run.epoch).delete()
-    done = await store_once(objects, run.evaluation_key(plan.round), done)
+    done = await store_once(run.evaluation_key(plan.round), done, objects=objects)
     await run.store_state(StoredState(round=plan.round + 1))
     log.info(
         "training.round_stored",

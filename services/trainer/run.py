@@ -69,7 +69,7 @@ class Run:
     async def rounds(self) -> list[StoredRound]:
         """Return the completed rounds."""
         rounds: list[StoredRound] = []
-        while done := await stored(self.ports.objects, self.evaluation_key(len(rounds) + 1), StoredRound):
+        while done := await stored(self.evaluation_key(len(rounds) + 1), StoredRound, objects=self.ports.objects):
             rounds.append(done)
         return rounds
 
@@ -79,7 +79,7 @@ class Run:
 
     async def state(self, number: int) -> StoredState:
         """Return how often round `number` was tried. Raises `CannotTrain` where that was often enough."""
-        state = await stored(self.ports.objects, f"{self.folder}/state.json", StoredState)
+        state = await stored(f"{self.folder}/state.json", StoredState, objects=self.ports.objects)
         if state is None or state.round != number:  # what is stored of another round no longer counts
             state = StoredState(round=number)
         return _checked(state)

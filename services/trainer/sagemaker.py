@@ -31,17 +31,14 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError
-
 from services.trainer.protocol import OUTCOMES, Job, Losses, Outcome, Paused, Saved, Train
 from services.trainer.settings import TrainerSettings
+from shared.aws_errors import AWS_ERRORS, answering, code_of, is_answer
 from shared.child import Child, ChildFailed, Json, Progress, Request
 from shared.concurrency import all_of
 from shared.errors import Unavailable, Unprocessable
@@ -83,7 +80,7 @@ class SageMaker:
     """Trains in jobs; does all else in a process of this machine."""
 
     def __init__(
-        self, client: Client, objects: ObjectStore, local: Child, settings: TrainerSettings, *, poll_s: float = POLL_S
+        self, settings: TrainerSettings, *, client: Client, objects: ObjectStore, local: Child, poll_s: float = POLL_S
     ) -> None:
         """Take an open client, and what does all but `train`."""
         self._client, self._objects, self._local, self._settings = client, objects, local, settings
@@ -145,11 +142,11 @@ class SageMaker:
         return stop.exists()
 
     async def _described(self, job: str) -> Json | None:
-        with _aws_errors():
+        with answering("SageMaker"):
             try:
                 told: Json = await self._client.describe_training_job(TrainingJobName=job)
-            except ClientError as error:
-                if error.response["Error"]["Code"] in UNKNOWN:
+            except AWS_ERRORS as error:
+                if code_of(error) in UNKNOWN:
                     return None
                 raise
         return told
@@ -157,14 +154,14 @@ class SageMaker:
     async def _create(self, job: str, request: Train, model: str, folder: str, deadline_s: float) -> bool:
         """Create the job; tells whether it did, and not another worker before it."""
         await self._store_input(request, model, f"{folder}/{job}/")
-        with _aws_errors():
+        with answering("SageMaker"):
             try:
                 await self._client.create_training_job(**self._described_as(job, request, model, folder, deadline_s))
-            except ClientError as error:
-                if error.response["Error"]["Code"] == TAKEN:
+            except AWS_ERRORS as error:
+                if code_of(error) == TAKEN:
                     return False
-                # What it says is about our settings.
-                log.warning("training.job_refused", job=job, error=str(error))
+                if is_answer(error):  # what it says is about our settings
+                    log.warning("training.job_refused", job=job, error=str(error))
                 raise
         log.info("training.job_created", job=job)
         return True
@@ -292,13 +289,3 @@ def _failure_of(told: Json) -> ChildFailed:
     if found := FAILURE.search(told.get("FailureReason", "")):
         return ChildFailed(found[1], found[2] or "", found[3] or "")
     return ChildFailed("crashed", told["TrainingJobStatus"])
-
-
-@contextlib.contextmanager
-def _aws_errors() -> Iterator[None]:
-    try:
-        yield
-    except ClientError as error:
-        raise Unavailable(f"SageMaker: {error.response['Error']['Code']}") from None
-    except (BotoCoreError, aiohttp.ClientError, OSError) as error:
-        raise Unavailable(f"SageMaker: {type(error).__name__}") from None

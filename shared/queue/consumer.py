@@ -13,6 +13,7 @@ import structlog
 
 from shared import delivery
 from shared import metrics as declared
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.config import ServiceSettings
 from shared.errors import Claimed, Unprocessable
 from shared.log import get_logger
@@ -22,7 +23,7 @@ from shared.queue.circuit import Circuit
 from shared.queue.deletes import Deleter
 from shared.queue.fates import Fate, dead_letter_attributes, fate_of, is_bug, reason_of, retry_delay_s, why_of
 from shared.queue.leases import LeaseKeeper
-from shared.queue.sqs import AWS_ERRORS, BATCH, Received, SqsQueue, code_of, open_queue
+from shared.queue.sqs import BATCH, Received, SqsQueue, open_queue
 from shared.queue.trace import handling
 
 if TYPE_CHECKING:

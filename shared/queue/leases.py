@@ -4,8 +4,9 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.log import get_logger
-from shared.queue.sqs import AWS_ERRORS, Received, SqsQueue, batches, code_of
+from shared.queue.sqs import Received, SqsQueue, batches
 
 LOOKS = 6
 """Looks per visibility timeout; a lease is extended once a third of it is gone, so that three extensions may fail."""

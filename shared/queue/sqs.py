@@ -8,11 +8,9 @@ import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from botocore.exceptions import BotoCoreError, ClientError
-
+from shared.aws_errors import AWS_ERRORS, Kind, code_of, kind_of
 from shared.config import Misconfigured
 from shared.log import get_logger
 
@@ -33,7 +31,6 @@ START_PATIENCE_S = 30.0
 START_PAUSE_S = 1.0
 ATTEMPT = "attempt"
 """Message attribute: how often the work was continued in a new message."""
-AWS_ERRORS = (BotoCoreError, ClientError, OSError, TimeoutError)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -156,22 +153,10 @@ async def patiently(call: Callable[[], Awaitable[Result]]) -> Result:
         try:
             return await call()
         except AWS_ERRORS as error:
-            if _is_refusal(error) or loop.time() > until:
+            if kind_of(error) is not Kind.UNAVAILABLE or loop.time() > until:
                 raise
             log.warning("queue.waiting", error=code_of(error))
         await asyncio.sleep(START_PAUSE_S)
-
-
-def _is_refusal(error: BaseException) -> bool:
-    return (
-        isinstance(error, ClientError)
-        and error.response["ResponseMetadata"]["HTTPStatusCode"] < HTTPStatus.INTERNAL_SERVER_ERROR
-    )
-
-
-def code_of(error: BaseException) -> str:
-    """Name an error of botocore's without its text."""
-    return error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
 
 
 def batches(items: Iterable[Item], size: int = BATCH) -> Iterator[list[Item]]:

@@ -13,13 +13,14 @@ import boto3
 import pytest
 from typer.testing import CliRunner
 
-from cli import orders
-from cli.client import Client, Refused
+from cli.client import Client, now
 from cli.main import app
-from cli.study import uploads
+from cli.study import results, uploads
+from cli.training.requests import parse_override, training_request
 from services.inference.records import result_prefix
 from shared.dicom import instance_key
 from shared.messages import InferenceRequested, InferenceTask, SeriesRef, TrainingRequested, decode
+from shared.operations.refused import Refused
 from shared.phantom import write_ct_series
 from tests.conftest import ROOT
 
@@ -223,7 +224,7 @@ def test_instances_are_known_by_the_keys_that_ingest_gives_them(tmp_path):
 def test_status_counts_queues_and_dead_letters(invoke, client, received, local_aws):
     """What waits in a queue is counted there, and what died in its dead-letter queue."""
     received("radqueue-training")
-    client.send(TrainingRequested.of("r", orders.training_request("d", request_id="r"), time=orders.now()))
+    client.send(TrainingRequested.of("r", training_request("d", request_id="r"), time=now()))
     result = invoke("status", "--json")
     counts = json.loads(result.stdout)["queues"]
 
@@ -474,9 +475,9 @@ def test_a_retry_ends_with_what_came_after_the_failure(invoke, client, tmp_path)
 
     fail("first", 1)
     early = invoke("retry", "1.2.91", "--wait", "--timeout", "0")
-    failed = orders.retry(client, "1.2.91")
+    failed = results.retry(client, "1.2.91")
     fail("second", 2)
-    (came,) = orders.wait_retried(client, "1.2.91", failed, 0)
+    (came,) = results.wait_retried(client, "1.2.91", failed, 0)
 
     assert early.exit_code == 1
     assert "it goes on" in early.output
@@ -496,11 +497,11 @@ def test_a_retry_ends_with_what_came_after_the_failure(invoke, client, tmp_path)
 )
 def test_overrides_keep_their_type(text, expected):
     """A number stays a number, and what is no number, true or false is text."""
-    assert orders.parse_override(text) == expected
+    assert parse_override(text) == expected
 
 
 @pytest.mark.parametrize("text", ["steps", "=80"])
 def test_an_override_without_name_or_value_is_refused(text):
     """The user reads how to write it."""
     with pytest.raises(Refused, match="name=value"):
-        orders.parse_override(text)
+        parse_override(text)

@@ -103,6 +103,34 @@ async def test_a_request_becomes_one_result_at_its_target(worker):
     )
 
 
+class SlowUploads(ObjectStore):
+    """A store that uploads slowly, and looks at each `outputs.json` for what it names and is not there."""
+
+    def __init__(self, objects) -> None:
+        super().__init__(objects.client, objects.bucket)
+        self.missing: list[list[str]] = []
+
+    async def upload(self, path, key, *, media_type=None):
+        await asyncio.sleep(0.2)
+        await super().upload(path, key, media_type=media_type)
+
+    async def put_if_absent(self, key, body):
+        if key.endswith("/outputs.json"):
+            named = Outputs.model_validate_json(body)
+            keys = [one.key for one in (*named.outputs, *named.files)]
+            self.missing.append([one for one in keys if not await self.exists(one)])
+        return await super().put_if_absent(key, body)
+
+
+async def test_what_outputs_json_names_is_there_before_it(worker):
+    """The uploads end first: whoever finds `outputs.json` can push all that it names."""
+    objects = SlowUploads(worker.objects)
+    await infer(worker.request(await worker.store_series()), **(worker.for_infer | {"objects": objects}))
+
+    assert objects.missing == [[]]
+    assert worker.publish.events[0].data.n_outputs == 1
+
+
 async def test_results_of_deidentified_series_stay_in_s3(worker):
     """No target gets what belongs to nobody's study, whatever the route and the settings say."""
     revision = (await worker.store_series()).model_copy(update={"deidentified": True})

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shared.errors import Unavailable, Unprocessable
+from tests.examples import examples
 from tests.queue.fakesqs import Fault
 from tests.queue.sqsmodel import ACCOUNT, Stored, StoredQueue
 from tests.queue.virtualtime import VirtualLoop, virtual_clocks
@@ -249,7 +250,7 @@ async def _ended(tasks) -> None:
 
 TestQueue = QueueMachine.TestCase
 TestQueue.settings = settings(
-    max_examples=25,
+    max_examples=examples(125),
     stateful_step_count=25,
     derandomize=True,
     deadline=None,

@@ -16,12 +16,12 @@ CALLS = {
     "Publisher": "sqs, settings",
     "Unprocessable": "reason_code, detail",
     "consume": "handlers, sqs, queue, settings, stop, metrics",
-    "once": "objects, key, kind, work, claim, lease_s, clock",
+    "once": "key, kind, work, objects, claim, lease_s, clock",
     "receive_count": "",
     "remaining_s": "",
     "run": "name, settings_class, serve",
-    "store_once": "objects, key, record",
-    "stored": "objects, key, kind",
+    "store_once": "key, record, objects",
+    "stored": "key, kind, objects",
 }
 """What is called with which parameters."""
 NAMES = {

@@ -61,14 +61,14 @@ async def test_extractor_comes_from_s3_or_a_path_and_is_the_one_of_the_hash(aws,
 
     async def fetched(uri: str, sha256: str = sha256):
         environ = {"RADQUEUE_FEATURES_URI": uri, "RADQUEUE_FEATURES_SHA256": sha256}
-        return await fetch_extractor(load(TrainerSettings, environ), aws.s3)
+        return await fetch_extractor(load(TrainerSettings, environ), s3=aws.s3)
 
     found = await fetched(f"s3://{local_aws.bucket}/{key}")
 
     assert found != path
     assert (found.name, found.read_bytes()) == (path.name, path.read_bytes())
     assert await fetched(str(path)) == path
-    assert await fetch_extractor(TrainerSettings(), aws.s3) is None
+    assert await fetch_extractor(TrainerSettings(), s3=aws.s3) is None
     with pytest.raises(Misconfigured, match="RADQUEUE_FEATURES_URI: there is no such object"):
         await fetched(f"s3://{local_aws.bucket}/nothing.pt")
     with pytest.raises(Misconfigured, match="RADQUEUE_FEATURES_URI: S3: NoSuchBucket"):

@@ -5,19 +5,17 @@ IAM: ecr:DescribeImages and ecr:GetAuthorizationToken; ecr:BatchGetImage and ecr
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from services.inference.package.engine import Engine, ecr_authorization, ecr_of, repository_of
 from services.inference.package.maps import Map, files_of, is_image, load
 from services.inference.routing import Route
-from shared.errors import Unavailable
+from shared.aws_errors import answering
 
 EcrClient = Callable[[str], AbstractAsyncContextManager[Any]]
 """Opens a client of ECR in a region."""
@@ -56,7 +54,7 @@ class Sources:
         pinned = reference or f"{repository_of(route.source)}@{await self._ecr_digest(route.source)}"
         engine = await asyncio.to_thread(self.engine)
         if await asyncio.to_thread(engine.inspect, pinned) is None:
-            with _aws_errors():
+            with answering("ECR"):
                 async with self.ecr(place[1]) as client:
                     authorization = await ecr_authorization(client)
             await asyncio.to_thread(engine.pull, pinned, authorization=authorization)
@@ -68,7 +66,7 @@ class Sources:
         if digest:
             return digest
         repository, _, tag = name.partition("/")[2].partition(":")
-        with _aws_errors():
+        with answering("ECR"):
             async with self.ecr(region) as client:
                 answer = await client.describe_images(
                     registryId=account, repositoryName=repository, imageIds=[{"imageTag": tag or "latest"}]
@@ -89,12 +87,3 @@ def _listing_of(places: list[Path]) -> str:
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def _aws_errors() -> Iterator[None]:
-    try:
-        yield
-    except (BotoCoreError, ClientError, OSError) as error:
-        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
-        raise Unavailable(f"ECR: {code}") from None

@@ -56,20 +56,20 @@ class Versions:
 
     async def rejection(self, found: Map) -> Rejection | None:
         """Return why this version was rejected, if it was."""
-        return await stored(self.objects, rejection_key(found), Rejection)
+        return await stored(rejection_key(found), Rejection, objects=self.objects)
 
     async def served(self, name: str) -> Served | None:
         """Return the version of the MAP that took over last."""
-        return await stored(self.objects, _serving_key(name), Served)
+        return await stored(_serving_key(name), Served, objects=self.objects)
 
     async def began(self, found: Map, route: Route) -> None:
         """Remember what the first worker begins with."""
-        await store_once(self.objects, _serving_key(route.name), self._serves_now(found, route))
+        await store_once(_serving_key(route.name), self._serves_now(found, route), objects=self.objects)
 
     async def reject(self, found: Map, route: Route, reason_code: str, previous: str | None) -> None:
         """Remember and announce that a version is not to be tried again; `previous` is the digest that goes on."""
         made = Rejection(reason_code=reason_code, time=self.clock())
-        rejection = await store_once(self.objects, rejection_key(found), made)
+        rejection = await store_once(rejection_key(found), made, objects=self.objects)
         log.error("map.rejected", map=route.name, map_digest=found.digest, reason=reason_code)
         rejected = RejectedMap(
             map=route.name,
@@ -85,7 +85,7 @@ class Versions:
         """Remember and announce that a version took over from `previous`."""
         log.info("map.updated", map=route.name, map_digest=found.digest, previous_digest=previous)
         made = self._serves_now(found, route)
-        served = await store_once(self.objects, _serving_key(route.name), made)
+        served = await store_once(_serving_key(route.name), made, objects=self.objects)
         if served.map_digest != made.map_digest:
             served = made
             await self.objects.put(_serving_key(route.name), made.model_dump_json(indent=1).encode())

@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError
 
 from services.inference.routing import TargetName
 from services.inference.settings import InferenceSettings
@@ -14,6 +13,7 @@ from services.inference.targets.import_job import ImportJobs
 from services.inference.targets.s3_only import S3Only
 from services.inference.targets.target import NEEDED, Target, Targets
 from shared.aws import Aws
+from shared.aws_errors import AWS_ERRORS, code_of, is_answer
 from shared.config import Misconfigured
 from shared.dicomweb import Auth, Basic, Bearer, DicomWeb, SigV4, base_url
 from shared.objects import ObjectStore
@@ -56,8 +56,6 @@ def _dicomweb_auth(settings: InferenceSettings) -> Auth | None:
 async def _datastore_answers(settings: InferenceSettings, aws: Aws) -> None:
     try:
         await aws.medical_imaging.get_datastore(datastoreId=settings.datastore_id)
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        raise Misconfigured(f"RADQUEUE_DATASTORE_ID: HealthImaging answers {code} for this data store.") from None
-    except BotoCoreError as error:
-        raise Misconfigured(f"RADQUEUE_DATASTORE_ID: HealthImaging fails with {type(error).__name__}.") from None
+    except AWS_ERRORS as error:
+        says = f"answers {code_of(error)} for this data store" if is_answer(error) else f"fails with {code_of(error)}"
+        raise Misconfigured(f"RADQUEUE_DATASTORE_ID: HealthImaging {says}.") from None

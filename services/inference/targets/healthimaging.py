@@ -6,18 +6,14 @@ IAM: medical-imaging:StoreDICOM, SearchImageSets and GetImageSetMetadata on the 
 import asyncio
 import gzip
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError
 
 from services.inference.routing import TargetName
 from services.inference.targets.stow import stow
 from services.inference.targets.target import Instance, PushRejected, by_series, not_shown, pauses
+from shared.aws_errors import answering
 from shared.dicomweb import DicomWeb
-from shared.errors import Unavailable
 from shared.log import get_logger
 
 if TYPE_CHECKING:
@@ -104,7 +100,7 @@ class HealthImaging:
     async def _search(self, value: dict[str, str]) -> list[Any]:
         criteria: Any = {"filters": [{"operator": "EQUAL", "values": [value]}]}
         found: list[Any] = []
-        with healthimaging_errors():
+        with answering("HealthImaging"):
             pages = self._client.get_paginator("search_image_sets").paginate(
                 datastoreId=self._datastore_id, searchCriteria=criteria
             )
@@ -114,7 +110,7 @@ class HealthImaging:
 
     async def _instances(self, image_set: Any) -> set[str]:
         """Return the SOPInstanceUIDs in an image set's metadata."""
-        with healthimaging_errors():
+        with answering("HealthImaging"):
             answer = await self._client.get_image_set_metadata(
                 datastoreId=self._datastore_id, imageSetId=image_set["imageSetId"]
             )
@@ -133,13 +129,3 @@ def _tag(image_set: Any, name: str) -> str:
 def _instances_of(metadata: bytes) -> set[str]:
     document = json.loads(gzip.decompress(metadata))
     return {uid for series in document["Study"]["Series"].values() for uid in series["Instances"]}
-
-
-@contextmanager
-def healthimaging_errors() -> Iterator[None]:
-    """Tell that HealthImaging does not answer, or not as it should, as `Unavailable`."""
-    try:
-        yield
-    except (BotoCoreError, ClientError, aiohttp.ClientError, OSError, TimeoutError) as error:
-        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
-        raise Unavailable(f"HealthImaging: {code}") from None

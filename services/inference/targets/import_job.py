@@ -16,13 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from botocore.exceptions import BotoCoreError, ClientError
 from pydicom.datadict import tag_for_keyword
 
 from services.inference.routing import TargetName
-from services.inference.targets.healthimaging import HealthImaging, healthimaging_errors
+from services.inference.targets.healthimaging import HealthImaging
 from services.inference.targets.target import LONGEST_PAUSE_S, Instance, PushRejected, pauses
 from services.inference.transfers import TRANSFERS
+from shared.aws_errors import AWS_ERRORS, Kind, answering, code_of, is_answer, kind_of, unavailable
 from shared.concurrency import all_of
 from shared.dicomweb import DicomWeb
 from shared.errors import Unavailable
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 STARTS = 8
 """Starting a job is throttled to one per second or fewer; the pause doubles with each try."""
 START_PAUSE_S = 1.0
-THROTTLED = {"ThrottlingException", "TooManyRequestsException", "ServiceQuotaExceededException"}
 JOB_PAUSE_S = 1.0
 JOB_DEADLINE_S = 3600.0
 MANIFEST_LOOKS = 8
@@ -110,15 +109,15 @@ class ImportJobs(HealthImaging):
                     inputS3Uri=f"{uri}input/",
                     outputS3Uri=f"{uri}output/",
                 )
-            except ClientError as error:
-                if error.response["Error"]["Code"] not in THROTTLED:
-                    raise _NotStarted(f"HealthImaging: {error.response['Error']['Code']}") from None
+            except AWS_ERRORS as error:
+                if not is_answer(error):
+                    raise unavailable("HealthImaging", error) from None
+                if kind_of(error) is not Kind.UNAVAILABLE:
+                    raise _NotStarted(f"HealthImaging: {code_of(error)}") from None
                 # With jitter, so that workers that were refused together do not come back together.
                 pause_s = min(LONGEST_PAUSE_S, START_PAUSE_S * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311
                 log.info("import.throttled", attempt=attempt)
                 await asyncio.sleep(pause_s)
-            except (BotoCoreError, OSError) as error:
-                raise Unavailable(f"HealthImaging: {type(error).__name__}") from None
             else:
                 log.info("import.started", job=job["jobId"])
                 return job["jobId"]
@@ -130,7 +129,7 @@ class ImportJobs(HealthImaging):
         try:
             async with asyncio.timeout(JOB_DEADLINE_S):
                 while True:
-                    with healthimaging_errors():
+                    with answering("HealthImaging"):
                         answer = await self._client.get_dicom_import_job(datastoreId=self._datastore_id, jobId=job_id)
                     job = answer["jobProperties"]
                     if job["jobStatus"] in {"COMPLETED", "FAILED"}:

@@ -13,7 +13,7 @@ that DICOM has not registered.
 | Z | its value is emptied |
 | D | its value becomes a dummy of its VR; that of PatientID and PatientName is the patient's pseudonym |
 | U | its UID is replaced by a keyed one, the same for the same UID wherever it stands |
-| C | dates are shifted; texts keep the words that are medical vocabulary and no part of what names the patient |
+| C | dates are shifted back; texts keep the words that are medical vocabulary and no part of what names the patient |
 | K | kept |
 
 U, C and K are for what fits the VR that the dictionary, or the list of safe private elements, has for it. What does not
@@ -58,6 +58,7 @@ STANDARD_ROOT = "1.2.840.10008."
 METHOD = "DICOM PS3.15 Annex E, basic profile (radqueue)"
 PSEUDONYM_LENGTH = 16
 LONGEST_SHIFT_DAYS = 3650
+"""Dates go back by one day to so many, never forward: a date in the future would be taken for an error."""
 LONGEST_NUMBER = 3
 """Digits, with the point, of a field strength, an angle, a thickness; nobody's number is so short."""
 DUMMY_DATE = "19000101"
@@ -264,7 +265,7 @@ class _Cleaner:
         return None
 
     def _shifted(self, text: str) -> str:
-        """Shift a date or a date with time by the patient's days; what is none is emptied."""
+        """Shift a date or a date with time back by the patient's days; what is none is emptied."""
         if not _DATE.match(text):
             return ""
         days = 1 + int.from_bytes(_keyed(self.secret, "shift", self.patient)[:4], "big") % LONGEST_SHIFT_DAYS

@@ -67,7 +67,7 @@ class Sidecar(BaseModel):
 
 @asynccontextmanager
 async def loaded(
-    request: TrainingRequest, folder: str, objects: ObjectStore, settings: TrainerSettings
+    request: TrainingRequest, folder: str, settings: TrainerSettings, *, objects: ObjectStore
 ) -> AsyncIterator[Json]:
     """Fetch the images of a training, and keep the copies for as long as the block runs.
 
@@ -83,8 +83,8 @@ async def loaded(
         Unavailable: what the arrays are read from does not answer.
     """
     key = f"{folder}/{MANIFEST}"
-    source, prefix = await source_of(request, objects, settings)
-    begun_with = await stored(objects, key, Manifest)
+    source, prefix = await source_of(request, settings, objects=objects)
+    begun_with = await stored(key, Manifest, objects=objects)
     listed: list[_Listed] = []
     if begun_with is None:
         listed = await _listing(request, source, prefix)
@@ -104,7 +104,7 @@ async def loaded(
             await _fetched(manifest.arrays, copies, source)
         if begun_with is None:
             _check(manifest, settings.min_images)
-            if await store_once(objects, key, manifest) != manifest:
+            if await store_once(key, manifest, objects=objects) != manifest:
                 raise Unavailable("another worker began this training with other data")
         yield _told(manifest, copies)
 
