@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench chaos
+.PHONY: setup demo test coverage lint docs bench chaos release
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml deploy/constraints.txt deploy/setup
@@ -13,7 +13,11 @@ demo: setup
 	$(BIN)/radqueue demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		-m 'not slow and not nightly' $(COVERAGE) $(ARGS)
+
+coverage: COVERAGE := --cov
+coverage: test
 
 lint: setup
 	$(BIN)/ruff check
@@ -21,9 +25,17 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: setup
+	$(BIN)/python -m tests.docs
+
 bench: setup
 	$(BIN)/python -m tests.benchmarks
 
 chaos: setup
 	$(BIN)/python -m tests.chaos $(ARGS)
 	$(BIN)/python -m tests.chaos.damaged_files
+
+release: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	RADQUEUE_TEST_DIST=dist $(BIN)/python -m pytest -m slow tests/deploy/test_wheel.py

@@ -8,7 +8,6 @@ reporting queues; medical-imaging:GetImageSet on the data store.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice
@@ -18,13 +17,15 @@ from typing import Any
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import NoCredentialsError
 
+from shared.aws_errors import AWS_ERRORS, Kind, code_of, is_answer, kind_of
 from shared.config import Misconfigured, ServiceSettings, load
 from shared.messages import Event
+from shared.objects import ObjectSummary
+from shared.operations.refused import Refused
 
 QUEUES = ("ingest", "inference", "training", "reporting")
-NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 CONNECTIONS = 16
 HOW_TO = (
     "Start radqueue on this machine with `radqueue up`, then in another terminal "
@@ -32,28 +33,11 @@ HOW_TO = (
 )
 
 
-class Refused(Exception):  # noqa: N818 - it states what AWS did not do
-    """Something was asked for that cannot be had; the text says what, for people."""
-
-
-class WrongUsage(Refused):
-    """What was asked for cannot be meant."""
-
-
 class ClientSettings(ServiceSettings):
     """What the command line needs: the names of the bucket and the queues, and the data store."""
 
     datastore_id: str = ""
     """The HealthImaging data store that results are in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One line of a listing."""
-
-    key: str
-    size: int
-    last_modified: datetime
 
 
 class Client:
@@ -84,8 +68,8 @@ class Client:
         with self._explained():
             try:
                 body: bytes = self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
-            except ClientError as error:
-                if error.response["Error"]["Code"] in NOT_FOUND:
+            except AWS_ERRORS as error:
+                if kind_of(error) is Kind.MISSING:
                     return None
                 raise
         return body
@@ -104,18 +88,22 @@ class Client:
         with self._explained():
             try:
                 when: datetime = self._s3.head_object(Bucket=self.bucket, Key=key)["LastModified"]
-            except ClientError as error:
-                if error.response["Error"]["Code"] in NOT_FOUND:
+            except AWS_ERRORS as error:
+                if kind_of(error) is Kind.MISSING:
                     return None
                 raise
         return when
 
-    def stored(self, prefix: str, *, at_most: int | None = None) -> list[Stored]:
+    def stored(self, prefix: str, *, at_most: int | None = None) -> list[ObjectSummary]:
         """Return what is stored under `prefix`, in key order."""
+        return list(islice(self.listing(prefix), at_most))
+
+    def listing(self, prefix: str) -> Iterator[ObjectSummary]:
+        """Yield what is stored under `prefix`, in key order, page by page."""
         with self._explained():
-            pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
-            found = (item for page in pages for item in page.get("Contents", []))
-            return [Stored(item["Key"], item["Size"], item["LastModified"]) for item in islice(found, at_most)]
+            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                for item in page.get("Contents", []):
+                    yield ObjectSummary(item["Key"], item["Size"], item["LastModified"], item["ETag"])
 
     def url(self, key: str) -> str:
         """Name the object for people and for other clients."""
@@ -127,10 +115,11 @@ class Client:
             # Without threads: the files are small and many, and the progress is told in order.
             self._s3.upload_fileobj(file, self.bucket, key, Callback=told, Config=TransferConfig(use_threads=False))
 
-    def put(self, key: str, body: bytes) -> None:
-        """Store an object."""
+    def put(self, key: str, body: bytes) -> str:
+        """Store an object; returns its ETag."""
         with self._explained():
-            self._s3.put_object(Bucket=self.bucket, Key=key, Body=body)
+            etag: str = self._s3.put_object(Bucket=self.bucket, Key=key, Body=body)["ETag"]
+        return etag
 
     def copy(self, key: str, to: str) -> None:
         """Copy an object inside S3, whatever its size."""
@@ -147,11 +136,12 @@ class Client:
 
     # The queues.
 
-    def send(self, event: Event) -> None:
-        """Send an event to the queues of its class."""
+    def send(self, event: Event, *, delay_s: int = 0) -> None:
+        """Send an event to the queues of its class, visible after `delay_s` seconds."""
         for queue in type(event).queues:
             with self._explained():
-                self._sqs.send_message(QueueUrl=self._queue_url(self.queue_names[queue]), MessageBody=event.body())
+                url = self._queue_url(self.queue_names[queue])
+                self._sqs.send_message(QueueUrl=url, MessageBody=event.body(), DelaySeconds=delay_s)
 
     @contextmanager
     def sqs(self) -> Iterator[Any]:
@@ -202,8 +192,8 @@ class Client:
                 found: dict[str, Any] = self._imaging.get_image_set(
                     datastoreId=self.settings.datastore_id, imageSetId=image_set_id
                 )
-            except ClientError as error:
-                if error.response["Error"]["Code"] == "ResourceNotFoundException":
+            except AWS_ERRORS as error:
+                if kind_of(error) is Kind.MISSING:
                     return None
                 raise
         return found
@@ -245,12 +235,12 @@ class Client:
             yield
         except NoCredentialsError:
             raise Misconfigured(f"There are no credentials for {where}. {HOW_TO}") from None
-        except ClientError as error:
-            code = error.response["Error"]["Code"]
-            explanation = EXPLANATIONS.get(code.rsplit(".", 1)[-1], f"{where} answers {code}.")
+        except AWS_ERRORS as error:
+            code = code_of(error)
+            if not is_answer(error):
+                raise Refused(f"{where} does not answer ({code}). Is `radqueue up` running?") from None
+            explanation = EXPLANATIONS.get(code, f"{where} answers {code}.")
             raise Refused(explanation.format(where=where, bucket=self.bucket)) from None
-        except (BotoCoreError, OSError) as error:
-            raise Refused(f"{where} does not answer ({type(error).__name__}). Is `radqueue up` running?") from None
 
 
 EXPLANATIONS = {

@@ -17,14 +17,16 @@ from typing import Any
 
 from pydicom.data import get_testdata_file
 
-from cli import orders, pictures, show
-from cli.client import Client, Refused
-from cli.orders import Training
+from cli import pictures, reports, show
+from cli.client import Client
 from cli.study import uploads
 from cli.study.journey import Journey, Series
+from cli.training import requests
+from cli.training.following import Training
 from deploy.local.stack import Stack, StackFailed
 from services.ingest.reasons import REASONS
 from shared.config import Misconfigured
+from shared.operations.refused import Refused
 from shared.phantom import write_cohort
 
 DATASET, SAMPLES = "demo", "samples"
@@ -153,22 +155,22 @@ class Demo:
             journey.wait(INGEST_TIMEOUT_S, lambda _: seen())
 
     def _train(self, client: Client) -> None:
-        request = orders.training_request(DATASET, **TRAINING)
+        request = requests.training_request(DATASET, **TRAINING)
         self.training = Training(client, request)
         with self._stage("training"), self._live(client) as seen:
-            orders.send_training(client, request)
+            requests.send_training(client, request)
             self.training.wait(TRAINING_TIMEOUT_S, lambda _: seen())
 
     def _report(self, client: Client) -> None:
         """Ask for the report until it tells of everything: events may still be on their way to the reporter."""
         with self._stage("report"):
             for _ in range(REPORTS):
-                self.report = orders.make_report(client, orders.month(None), timeout_s=REPORT_TIMEOUT_S)
+                self.report = reports.make_report(client, reports.month_of(None), timeout_s=REPORT_TIMEOUT_S)
                 missing = self._missing_in_report()
                 if not missing:
                     break
             self.failures += missing
-            self.pages = orders.save_report(client, self.report["month"], self.out)
+            self.pages = reports.save_report(client, self.report["month"], self.out)
 
     def _draw(self, client: Client) -> None:
         """Draw the first results over their images, and fetch the generated ones."""

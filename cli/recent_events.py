@@ -5,7 +5,8 @@ from datetime import datetime, timedelta
 from operator import itemgetter
 from typing import Any
 
-from cli.client import Client, Stored, now
+from cli.client import Client, now
+from shared.objects import ObjectSummary
 
 DAYS = 2
 LISTED = 5_000
@@ -30,7 +31,7 @@ def recent(client: Client) -> dict[str, list[dict[str, Any]]]:
 
 def _events(client: Client) -> list[dict[str, Any]]:
     """Return the events of the log's newest objects, the newest first, each once."""
-    objects: list[Stored] = []
+    objects: list[ObjectSummary] = []
     for day in range(DAYS):
         date = (now() - timedelta(days=day)).date()
         objects += client.stored(f"events/date={date}/", at_most=LISTED)

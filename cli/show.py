@@ -20,8 +20,8 @@ from services.ingest.reasons import REASONS, WARNINGS
 
 if TYPE_CHECKING:
     from cli.demo import Demo
-    from cli.orders import Training
     from cli.study.journey import Journey, Series
+    from cli.training.following import Training
 
 STYLES = {"pushed": "green", "skipped": "cyan", "no_match": "cyan", "failed": "bold red", "rejected": "red"}
 LABELS = {"skipped": "skipped (no route)", "no_match": "no matching series"}

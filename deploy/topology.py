@@ -11,15 +11,17 @@ medical-imaging:GetDatastore, ecr:CreateRepository.
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any, Self
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import ClientError
 from pydantic import BaseModel, ConfigDict
 
-DESCRIPTION = Path(__file__).with_name("topology.json")
+from shared.aws_errors import AWS_ERRORS, code_of
+
+DESCRIPTION = files("deploy") / "topology.json"
 DATASTORE_TIMEOUT_S = 600
 """AWS takes up to a few minutes to make a data store ACTIVE."""
 
@@ -71,7 +73,7 @@ class Topology(_Frozen):
     repository: Named
 
     @classmethod
-    def load(cls, path: Path = DESCRIPTION) -> Self:
+    def load(cls, path: Traversable = DESCRIPTION) -> Self:
         """Read the description."""
         return cls.model_validate_json(path.read_text("utf-8"))
 
@@ -186,6 +188,6 @@ def _create_datastore(imaging: Any, name: str) -> str:
 def _unless_exists(call: Callable[[], Any], exists_code: str) -> None:
     try:
         call()
-    except ClientError as error:
-        if error.response["Error"]["Code"] != exists_code:
+    except AWS_ERRORS as error:
+        if code_of(error) != exists_code:
             raise

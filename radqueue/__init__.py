@@ -1,0 +1,1 @@
+"""What others import: `radqueue.queue`, the queue runtime, and `radqueue.pipeline`, functions for notebooks."""

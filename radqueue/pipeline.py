@@ -1,7 +1,10 @@
 """The steps of a small GAN study as plain functions, for a notebook or a script of one's own.
 
 They are the functions of the services, called in one process and without queues: read DICOM as ingest does, train and
-measure as the trainer does, report as the reporter does. `docs/examples/gan_pipeline.py` calls them in order.
+measure as the trainer does, report as the reporter does. `docs/examples/gan_pipeline.py` calls them in order. A
+`config.js` describes a model; `DEFAULT_CONFIG` is one to begin with, and `read_config` returns what its text says.
+
+The names of `__all__` are as stable as those of `radqueue.queue`. Needs `radqueue[all]`.
 """
 
 import io
@@ -22,10 +25,12 @@ from pydicom import dcmread
 from cli.study.uploads import files
 from services.ingest.arrays import centred, is_grey, is_picture, percentile_window, shrink
 from services.ingest.pixels import modality_values
-from services.ingest.reading import Caps, normalise, text_of
+from services.ingest.protocol import Caps
+from services.ingest.reading import normalise, text_of
 from services.ingest.series import numbers_of
 from services.reporter.aggregate import Tally, month_of
 from services.reporter.page import page
+from services.trainer.config import DEFAULT_CONFIG
 from services.trainer.evaluation import frechet
 from services.trainer.evaluation.frechet import Distance
 from services.trainer.gan import training
@@ -44,6 +49,10 @@ from shared.messages import (
 )
 
 __all__ = [
+    "DEFAULT_CONFIG",
+    "Distance",
+    "Picture",
+    "Round",
     "build_gan_model",
     "calculate_fid",
     "generate_images",
@@ -51,6 +60,7 @@ __all__ = [
     "load_dicom_images",
     "modify_config_file",
     "preprocess_images",
+    "read_config",
     "train_gan",
     "upload_to_s3",
 ]

@@ -38,7 +38,7 @@ class Aws:
     medical_imaging: "HealthImagingClient"
     region: str
     endpoint_url: str | None
-    """None on AWS itself."""
+    """The endpoint that AWS_ENDPOINT_URL names; None on AWS itself."""
     session: AioSession
     client: Callable[[str], Awaitable[Any]]
     """Opens the client of another service, by its name; it is closed with these."""

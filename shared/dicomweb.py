@@ -24,9 +24,9 @@ import aiohttp
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials, ReadOnlyCredentials
-from botocore.exceptions import BotoCoreError
 from yarl import URL
 
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.errors import Unavailable
 
 CHUNK_BYTES = 1024 * 1024
@@ -262,8 +262,8 @@ class DicomWeb:
         url = URL(f"{self._base_url}/{path}" + (f"?{search}" if search else ""), encoded=True)
         try:
             added = await self._auth.headers(method, url, headers, payload_sha256) if self._auth else {}
-        except BotoCoreError as error:
-            raise Unavailable(f"no credentials: {type(error).__name__}") from None
+        except AWS_ERRORS as error:
+            raise Unavailable(f"no credentials: {code_of(error)}") from None
         try:
             async with self._session.request(
                 method, url, headers={**headers, **added}, data=body, timeout=TIMEOUT, allow_redirects=False

@@ -1,29 +1,35 @@
-"""Doing a thing once: records in S3 that are written once, and the claim of the one who works on a record.
+"""Idempotency records in S3, and the lease of whoever works on one: work may be repeated, its record is stored once.
 
-Theory of operation. What a handler has to do ends with a record: a JSON object under a key that follows from the work.
-`once` looks for the record, and where there is none it takes the claim, works, stores the record and gives the claim
-back. The claim is a second object, only ever changed by compare-and-swap (`If-None-Match: *`, then `If-Match`). It
-names its owner, an epoch that is one higher with each owner, and the time at which it ends unless it is renewed.
+Theory of operation. What a handler has to do ends with an idempotency record: a JSON object under a key that follows
+from the work. `once` looks for the record, and if there is none it takes the lease, works, stores the record and gives
+the lease back. The lease is a second object, whose key is the argument `claim`. It is only ever changed by
+compare-and-swap (`If-None-Match: *`, then `If-Match`), and names its owner, an epoch that is one higher with each
+owner, and the time at which it ends unless it is renewed.
 
     state     in S3                                     who comes now
     --------  ----------------------------------------  ---------------------------------------------------------
-    free      no record; no claim, or one given back    takes the claim, and works
-    claimed   no record; a claim that has not ended     is turned away with `Claimed`, and comes again later
-    stale     no record; a claim that ended, for its    takes it over: of several, the compare-and-swap lets one;
-              owner died, was suspended or cut off      the former owner is cancelled as soon as it finds out
-    done      a record, whatever the claim says         is given the record
+    free      no record; no lease, or one given back    takes the lease, and works
+    leased    no record; a lease that has not ended     is turned away with `Claimed`, and comes again later
+    stale     no record; a lease that ended: its owner  takes it over: of several, the compare-and-swap lets one;
+              died, was suspended or cut off            the former owner is cancelled as soon as it finds out
+    done      a record, whatever the lease says         is given the record
 
 What is guaranteed:
+- Work at least once. Until a record is stored, every delivery of the message finds the record missing and works, or is
+  turned away and comes again; being turned away never dead-letters it, however long the work takes.
 - One record. The first one stored stays (`If-None-Match: *`), and everybody is given that one, also a worker that made
-  another one. No clock and no claim has a part in this.
-- No two works have the same epoch. What work stores under names that carry its epoch is its own.
-- An owner that dies holds up the others for `lease_s` at most.
-- A message that is turned away is never dead-lettered for that, however long the work takes.
+  another one. This depends on no clock and on no lease.
+- An epoch of its own for each owner, as long as the lease's object is not deleted. What work stores under names that
+  carry its epoch is its own.
+- Whoever dies holds up the others for `lease_s` at most, and for as much longer as their clocks are behind.
 
-What is not: that work runs once, or on one machine at a time. An owner that is suspended past the end of its claim
-cannot know; a write of its that was under way arrives later. Clocks that differ by a part of `lease_s` make the others
-wait as much longer, or let them begin as much earlier. So the claim saves work, and correctness rests on the record:
-everything else that work does must bear repetition.
+What is not: that work runs once, or on one machine at a time. A lease can be lost: an owner that is suspended past its
+end cannot know, and a write that was under way arrives later; clocks that differ let the others begin earlier.
+So the lease saves work, and correctness rests on the record. What a handler must do:
+- Store everything else under keys that bear repetition: the same bytes again, or a name that holds the epoch or the
+  attempt.
+- Go on with what `once` returns, which may be another worker's record, and announce it each time, from it alone.
+- Let `Claimed`, `Continue` and cancellation pass.
 """
 
 import asyncio
@@ -41,9 +47,9 @@ from shared.errors import Claimed, Continue, Unavailable, Unprocessable
 from shared.objects import ObjectMissing, ObjectStore
 
 RENEWALS = 3
-"""Times that a claim is renewed, at least, before it would end: this many answers of S3, less one, may fail or hang."""
+"""Times that a lease is renewed, at least, before it would end: this many answers of S3, less one, may fail or hang."""
 LONGEST_GIVE_BACK_S = 5.0
-"""A worker that stops waits no longer than this for S3: the claim ends by itself."""
+"""A worker that stops waits no longer than this for S3: the lease ends by itself."""
 PATIENCE = 20
 """Receives after which a message that is turned away is sent anew: at its 50th, SQS would give it up."""
 
@@ -53,8 +59,8 @@ Result = TypeVar("Result")
 Clock = Callable[[], datetime]
 
 
-async def stored(objects: ObjectStore, key: str, kind: type[Record]) -> Record | None:
-    """Return the record under `key`, or None where there is none yet.
+async def stored(key: str, kind: type[Record], *, objects: ObjectStore) -> Record | None:
+    """Return the record under `key`, or None if it is not there yet.
 
     Raises:
         Unprocessable: `invalid_record`: something else wrote there.
@@ -65,45 +71,64 @@ async def stored(objects: ObjectStore, key: str, kind: type[Record]) -> Record |
         return None
 
 
-async def store_once(objects: ObjectStore, key: str, record: Record) -> Record:
+async def store_once(key: str, record: Record, *, objects: ObjectStore) -> Record:
     """Store the record unless there is one already, and return the one that is there."""
     if await objects.put_if_absent(key, record.model_dump_json(indent=1).encode()):
         return record
-    return await stored(objects, key, type(record)) or record
+    return await stored(key, type(record), objects=objects) or record
 
 
 async def once(
-    objects: ObjectStore,
     key: str,
     kind: type[Record],
     work: Callable[[int], Awaitable[Record | Other]],
     *,
+    objects: ObjectStore,
     claim: str,
     lease_s: float,
     clock: Clock,
 ) -> Record | Other:
-    """Return the record under `key`; where there is none, have `work(epoch)` make it while holding the claim.
+    """Return the record under `key`; if there is none, have `work(epoch)` make it while holding the lease.
 
-    What `work` returns that is no `kind`, None for example, is handed back, and no record is stored. `claim` is the key
-    of the claim. It ends `lease_s` seconds after its last renewal; choose at most half of the queue's visibility
-    timeout, and the claim of a worker that died ends before SQS gives its message to another one.
+    Raises as `make_once` does.
+    """
+    done = await stored(key, kind, objects=objects)
+    if done is not None:
+        return done
+    return await make_once(key, kind, work, objects=objects, claim=claim, lease_s=lease_s, clock=clock)
+
+
+async def make_once(
+    key: str,
+    kind: type[Record],
+    work: Callable[[int], Awaitable[Record | Other]],
+    *,
+    objects: ObjectStore,
+    claim: str,
+    lease_s: float,
+    clock: Clock,
+) -> Record | Other:
+    """Do as `once` does, for a caller that has just looked for the record and found none.
+
+    `work` may run more than once, also at the same time on two machines; the first record stored is returned to all.
+    If it returns something else than a `kind`, such as None, that is handed back and no record is stored. `claim` is
+    the key of the lease. It ends `lease_s` seconds after its last renewal; choose at most half of the queue's
+    visibility timeout, and the lease of a worker that died ends before SQS gives its message to another one.
 
     Raises:
         Claimed: another worker works on it, or took it over from this one, whose work was cancelled.
-        Continue: the same, where the message was turned away so often that SQS would soon give it up.
+        Continue: the same, if the message was turned away so often that SQS would soon give it up.
         Unprocessable: `invalid_record`: something else wrote under one of the keys.
         Unavailable: S3 does not answer.
     """
-    done = await stored(objects, key, kind)
-    if done is not None:
-        return done
 
     async def do(epoch: int) -> Record | Other:
-        done = await stored(objects, key, kind)  # the last owner may have stored it just before the claim was free
+        # The last owner may have stored it just before the claim was free.
+        done = await stored(key, kind, objects=objects)
         if done is not None:
             return done
         made = await work(epoch)
-        return await store_once(objects, key, made) if isinstance(made, kind) else made
+        return await store_once(key, made, objects=objects) if isinstance(made, kind) else made
 
     return await _claimed(_Claim(objects, claim, lease_s, clock), do)
 
@@ -132,9 +157,11 @@ class _Claim:
 
     async def take(self) -> None:
         """Take the claim. Raises `Claimed` or `Continue` where another owner has it."""
+        # Is it free, or has it ended?
         held, etag = await self._seen()
         if held is not None and held.ends > self.clock():
             raise _turned_away("claimed by another worker")
+        # Write our name, unless somebody else is faster.
         self.epoch = held.epoch + 1 if held is not None else 1
         self.ends = self._end()
         if held is None:
@@ -191,16 +218,19 @@ class _Claim:
 
 async def _claimed(claim: _Claim, work: Callable[[int], Awaitable[Result]]) -> Result:
     """Run `work(epoch)` under the claim. It is cancelled where the claim is lost, and has ended when this returns."""
+    # Take the lease, and renew it while the work goes on.
     await claim.take()
     working = asyncio.ensure_future(work(claim.epoch))
     keeping = asyncio.ensure_future(claim.keep())
     try:
+        # Whichever ends first decides: the work was done, or the lease was lost.
         await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         keeping.result()  # a bug there is no loss
         raise _turned_away("claim lost")
     finally:
+        # Nothing of it goes on when this returns, and the lease is free.
         for task in (working, keeping):
             task.cancel()
         await asyncio.gather(working, keeping, return_exceptions=True)

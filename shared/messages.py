@@ -27,14 +27,14 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
 Month = Annotated[str, Field(pattern=r"^[0-9]{4}-(0[1-9]|1[0-2])$")]
 EventId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,127}$")]
 Traceparent = Annotated[str | None, BeforeValidator(lambda given: given if _is_traceparent(given) else None)]
-"""W3C trace context; one that is none is left out, as the standard wants."""
+"""W3C trace context; one that is malformed is left out, as the standard wants."""
 Time = Annotated[AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9998, 1, 1, tzinfo=UTC))]
 """A time that can be reckoned with in every time zone."""
 Queue = Literal["ingest", "inference", "training", "reporting"]
 Verdict = Literal[
     "localizer", "single", "mixed", "unknown", "4d", "repeated", "gaps", "uneven", "tilted", "regular", "irregular"
 ]
-"""On the geometry of a series."""
+"""What can be said of the geometry of a series."""
 
 
 def _is_traceparent(given: object) -> bool:
@@ -44,10 +44,10 @@ def _is_traceparent(given: object) -> bool:
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
 
-# What the events tell.
+# The data of the events.
 
 
 class SeriesRef(_Frozen):
@@ -58,25 +58,26 @@ class SeriesRef(_Frozen):
     digest: Digest
     """Hash of the sorted (SOPInstanceUID, sha) of the series."""
     revision_key: str
+    """Key of the document that describes the revision."""
 
 
 class Geometry(_Frozen):
     """How the slices of a series lie in space; lengths in mm, in the patient coordinate system of PS3.3 C.7.6.2.
 
-    Of a series of several stacks (slices of one size and direction) the numbers are those of the largest.
+    If a series has several stacks (slices of one size and direction), the numbers are those of the largest.
     """
 
     verdict: Annotated[Verdict, BeforeValidator(lambda given: "regular" if given == "volume" else given)]
-    """The first that is true, see docs/ingest.md; documents of the first version say `volume` and `irregular`."""
+    """The first verdict that is true, see docs/ingest.md; the first version said `volume` and `irregular`."""
     n_slices: int
-    """Of all stacks."""
+    """Slices of all stacks."""
     n_positions: int
-    """Distinct positions along the normal; smaller than n_slices where slices repeat."""
+    """Distinct positions along the normal; smaller than n_slices if slices repeat."""
     n_stacks: int = 1
     n_in_stack: int | None = None
     """Slices of the largest stack."""
     n_sets: int = 1
-    """Most slices at one position; in a 4-D series as many as at every other."""
+    """The largest number of slices at one position; in a 4-D series every position has as many."""
     normal: tuple[float, float, float] | None = None
     """Unit normal of the slices: row direction x column direction."""
     spacing_mm: float | None = None
@@ -88,113 +89,137 @@ class Geometry(_Frozen):
     tilt_deg: float | None = None
     """Gantry tilt found from the vectors, with the sign of GantryDetectorTilt (0018,1120)."""
     tilt_tag_deg: float | None = None
-    """What GantryDetectorTilt says."""
+    """Gantry tilt as GantryDetectorTilt (0018,1120) has it."""
 
 
 class SettlingSeries(_Frozen):
-    """A series that receives instances, to be looked at when this message becomes visible."""
+    """A series that receives instances; it is looked at when this message becomes visible."""
 
     dataset: Name
+    """The dataset that the instances were uploaded into."""
     study_uid: Uid
     series_uid: Uid
     bucket: str
     """The time bucket whose marker guards this message."""
     first_seen: Time
+    """When the first message of the bucket was sent."""
 
 
 class ReadySeries(SeriesRef):
-    """A settled series."""
+    """A stable series: no more instances are expected."""
 
     dataset: Name
+    """The dataset that the series was uploaded into."""
     n_instances: int
     modality: str | None = None
+    """The Modality of the series, such as `CT`."""
     warnings: tuple[str, ...] = ()
+    """What was noticed, by the codes of docs/ingest.md."""
     array_key: str | None = None
-    """The training array, for a series of images; None also where it must not be linked with the series."""
+    """Key of the training array; left out if there is none, or if it must not be linked with the series."""
     supersedes: Digest | None = None
+    """Digest of the revision that this one replaces."""
     geometry: Geometry | None = None
-    """How its slices lie; None for a series without images."""
+    """How the slices lie; left out for a series without images."""
     deidentified: bool = False
-    """Its instances were de-identified before they were stored: no archive takes what comes of them."""
+    """The instances were de-identified before they were stored: results of them are pushed to no target."""
 
 
 class RejectedUpload(_Frozen):
     """An uploaded object, or a member of a zip, that was refused."""
 
     dataset: Name
+    """The dataset that it was uploaded into."""
     upload_key_sha256: str
-    """Upload keys may hold names, so they are told by their hash."""
+    """Hash of the upload's key, which itself may hold a name."""
     object_sha256: str
+    """Hash of the uploaded bytes."""
     reason_code: str
+    """One of the codes of docs/ingest.md."""
     quarantine_key: str
+    """Key of the document that gives the reason."""
 
 
 class InferenceTask(_Frozen):
     """One MAP to run over one or more series of a study."""
 
     map: Name
+    """Name of the MAP in the routing table."""
     map_digest: Digest
+    """Digest of its version."""
     inputs: tuple[SeriesRef, ...] = Field(min_length=1)
+    """The revisions that it is given."""
 
 
 class SettlingStudy(_Frozen):
-    """A study that series were settled of, to be looked at as a whole when this message becomes visible."""
+    """A study with stable series; it is looked at as a whole when this message becomes visible."""
 
     study_uid: Uid
     bucket: str
     """The time bucket whose marker guards this message."""
     first_seen: Time
+    """When the first message of the bucket was sent."""
 
 
 class SkippedInference(SeriesRef):
     """A revision that no MAP runs on."""
 
     modality: str | None = None
+    """The Modality of the series, such as `CT`."""
     reason_code: str
-    """`no_route`: its attributes meet no MAP's conditions."""
+    """`no_route`: the revision's attributes meet no MAP's conditions."""
 
 
 class InferenceOutput(_Frozen):
-    """One DICOM instance that a MAP made and the archive took."""
+    """One DICOM instance that a MAP made and the target took."""
 
     sop_class_uid: Uid
     sop_instance_uid: Uid
     series_uid: Uid
     key: str
+    """Where it is in the bucket."""
     image_set_id: str | None = None
+    """The image set that holds it, if the target is HealthImaging."""
 
 
 class OutputFile(_Frozen):
-    """Something else that a MAP made: it stays in S3."""
+    """A file that a MAP made and that is not DICOM: it stays in S3."""
 
     key: str
+    """Where it is in the bucket."""
     media_type: str
     n_bytes: int
 
 
 class CompletedInference(InferenceTask):
-    """A MAP that did its work; `no_matching_series` is no failure, and has no outputs."""
+    """A MAP that did its work. `no_matching_series` is not a failure: the MAP found nothing to work on."""
 
     outcome: Literal["completed", "no_matching_series"]
     result_key: str
+    """Key of the document that has the whole result."""
     outputs: tuple[InferenceOutput, ...] = ()
-    """The first of them: a message holds 1 MiB. All are in the object under `result_key`."""
+    """The first outputs: a message holds 1 MiB. All are in the object under `result_key`."""
     n_outputs: int = 0
+    """How many outputs there are."""
     files: tuple[OutputFile, ...] = ()
-    """What is no DICOM; the first of them, as above."""
+    """The first outputs that are not DICOM; all are under `result_key`."""
     pushed_to: str | None = None
-    """`healthimaging`, `healthimaging-import` or `dicomweb`; `s3` where the outputs were to stay there."""
+    """The target: `healthimaging`, `healthimaging-import` or `dicomweb`; `s3` if the outputs were to stay there."""
     duration_s: float
     """Wall seconds that the MAP ran."""
     device: str = "cpu"
+    """What it ran on."""
 
 
 class FailedInference(InferenceTask):
-    """A MAP that did not."""
+    """A MAP that could not do its work."""
 
     attempt: str
+    """Name of the run that failed."""
     reason_code: str
+    """One of the codes of services/inference/reasons.py."""
     failure_key: str
+    """Key of the document that tells more."""
     where: str = ""
     """File and line of an exception, or the keywords of DICOM attributes; never a value."""
 
@@ -203,57 +228,68 @@ class UpdatedMap(_Frozen):
     """A new version of a MAP, which serves from now on."""
 
     map: Name
+    """Name of the MAP in the routing table."""
     map_digest: Digest
+    """Digest of the new version."""
     source: str
+    """Where the version came from: a folder, or an image with its digest."""
     previous_digest: Digest | None = None
-    """The version that served before; None for a MAP that is new."""
+    """The version that served before; left out for a MAP that is new."""
     since: AwareDatetime | None = None
-    """When it took over, as the record of what serves has it: a version that comes back is another event."""
+    """When it took over, from the record of what serves: a version that comes back is another event."""
 
 
 class RejectedMap(_Frozen):
     """A new version of a MAP that failed its trial; the one that served before goes on."""
 
     map: Name
+    """Name of the MAP in the routing table."""
     map_digest: Digest
+    """Digest of the new version."""
     source: str
+    """Where the version came from: a folder, or an image with its digest."""
     reason_code: str
+    """One of the codes of services/inference/reasons.py."""
     serving_digest: Digest | None = None
-    """The version that serves; None where there was none before."""
+    """The version that serves; left out if there was none before."""
     since: AwareDatetime | None = None
-    """When it was rejected, as the record of that has it."""
+    """When it was rejected, from the record of the rejection."""
 
 
 class TrainingRequest(_Frozen):
     """What a researcher asks for."""
 
     request_id: Name
+    """Name of this training: all of it lies under `models/<request id>/`, and two requests cannot share it."""
     dataset: Name
+    """The dataset to train on."""
     data_uri: str | None = Field(default=None, max_length=1024, pattern=r"^[a-z][a-z0-9]*://[^\s?#]+$")
-    """Where its arrays and their sidecars lie, if not under `datasets/` in the bucket: `gs://bucket/folder`, `s3://…`."""
+    """Where the arrays and their sidecars lie, if not under `datasets/` in the bucket: `gs://bucket/folder`, `s3://…`."""
     classes: dict[Name, Name] = Field(default={}, max_length=100)
-    """By the name of each class the dataset that has its images; with `data_uri`, the folder there."""
+    """The dataset of each class's images, by the name of the class; with `data_uri`, the folder there."""
     overrides: dict[str, int | float | str | bool] = {}
     """Parameters of config.js to start with."""
     threshold: float = Field(default=2.0, gt=0)
     """Approved when the metric is at or below it."""
     metric: Literal["relative_fd", "distance", "kid"] = "relative_fd"
-    """Of the evaluation; `distance` is the FID where the trainer compares by the Inception network."""
+    """The number that is compared; `distance` is the FID if the trainer compares by the Inception network."""
     min_coverage: float = Field(default=0.5, ge=0, le=1)
-    """Share of the coverage of other real images, below which no model is approved."""
+    """Share of the coverage of other real images below which a model is not approved."""
     strategy: Literal["rules", "optuna"] = "rules"
-    """How the parameters of a further round are chosen: by rules, or by Optuna's search where the trainer has it."""
+    """How the parameters of a further round are chosen: by rules, or by Optuna's search if the trainer has it."""
     max_rounds: int = Field(default=5, ge=1, le=100)
+    """Rounds after which the training ends without an approved model."""
     n_images: int = Field(default=16, ge=1, le=10_000)
+    """How many images the model generates at the end."""
 
 
 class Quality(_Frozen):
-    """How one set of images compares with the held-out real ones, in the space of the evaluation."""
+    """How one set of images compares with the held-out real ones; docs/metrics.md says what each number means."""
 
     kid: float
     """Kernel distance (KID), unbiased; around zero for images of the same distribution."""
     kid_spread: float
-    """Its standard deviation over subsets."""
+    """Standard deviation of the KID over subsets."""
     precision: float
     recall: float
     density: float
@@ -265,13 +301,15 @@ class Memorisation(_Frozen):
     """Whether generated images are copies of training images: a nearest-neighbour test against held-out real ones."""
 
     n: int
+    """How many generated images were judged."""
     n_held_out: int
+    """How many held-out images the limits come from."""
     copied_share: float
-    """Nearer to a training image than 99 % of the held-out ones are."""
+    """Share of images that are nearer to a training image than 99 % of the held-out ones are."""
     far_nearer_share: float
-    """Nearer than half of the nearest held-out one's distance."""
+    """Share of images that are nearer than half of the nearest held-out one's distance."""
     flagged: bool
-    """More of them than chance explains: the model is not approved."""
+    """More images are near than chance explains: the model is not approved."""
 
 
 class Evaluation(_Frozen):
@@ -280,18 +318,21 @@ class Evaluation(_Frozen):
     metric: str
     """`FD` in a named feature space; `FID` only with Inception features."""
     space: str
+    """Name of the feature space, see docs/metrics.md."""
     n: int
-    """Images on each side."""
+    """Images on each side of the comparison."""
     distance: float
+    """Distance of the generated images from the held-out real ones."""
     floor: float
-    """The distance between two disjoint sets of real images, of the same n."""
+    """Distance between two disjoint sets of real images, of the same n."""
     relative_fd: float
-    """distance / floor"""
+    """The distance divided by the floor."""
     quality: Quality | None = None
-    """Of the generated images."""
+    """Quality of the generated images."""
     real_quality: Quality | None = None
-    """Of other real images, to the same reference: what can be reached."""
+    """Quality of other real images by the same reference: what can be reached."""
     memorisation: Memorisation | None = None
+    """The test for copies of training images."""
     warnings: tuple[str, ...] = ()
     """`few_images`; `…_disagrees`, a number that contradicts the distance; `copies`."""
 
@@ -307,16 +348,21 @@ class TrainingRound(_Frozen):
     request_id: Name
     dataset: Name
     round: int
+    """Number of the round, from 1."""
     steps: int
+    """Steps that the round trained."""
     rule: str = ""
-    """Why its parameters were chosen, see services/trainer/strategy/policy.py."""
+    """Why the parameters were chosen, see services/trainer/strategy/policy.py."""
     evaluation: Evaluation
     approved: bool
     why_not: str = ""
-    """Why it is not approved, in words."""
+    """Why the model is not approved, in words."""
     config: dict[str, int | float | str | bool]
+    """The parameters of config.js that the round used."""
     config_key: str
+    """Key of the round's config.js."""
     duration_s: float
+    """Seconds of training and evaluation."""
 
 
 class CompletedTraining(_Frozen):
@@ -328,28 +374,35 @@ class CompletedTraining(_Frozen):
     why_not: str = ""
     """Why the best model is not approved, in words."""
     rounds: int
+    """How many rounds there were."""
     evaluation: Evaluation
+    """The evaluation of the best round."""
     config: dict[str, int | float | str | bool]
+    """The parameters of config.js of the best round."""
     generator_key: str
+    """Key of the generator's weights."""
     images_key: str
-    """A PNG grid of generated images."""
+    """Key of a PNG grid of generated images."""
     images_array_key: str
+    """Key of the generated images as an array."""
 
 
 class FailedTraining(_Frozen):
-    """A training that cannot work as asked, too little data for instance."""
+    """A training that cannot work as asked: there is too little data, for instance."""
 
     request_id: Name
     dataset: Name
     reason_code: str
+    """One of the codes of services/trainer/reasons.py."""
     numbers: dict[str, int] = {}
     """What explains the reason, such as `n_training`, `n_held_out` and `min_images` of `too_little_data`."""
 
 
 class ReportRequest(_Frozen):
-    """A month to report; without one, the month before the request's time."""
+    """What a person or a schedule asks for."""
 
     month: Month | None = None
+    """The month to report, such as `2026-11`; without one, the month before the event's time."""
 
 
 # The envelopes.
@@ -386,7 +439,7 @@ class Event(_Frozen):
 
 
 class SeriesSettling(Event):
-    """Ingest to itself, delayed."""
+    """A series receives instances: ingest tells itself, delayed, to look at it again."""
 
     producer = "radqueue/ingest"
     queues = ("ingest",)
@@ -395,7 +448,7 @@ class SeriesSettling(Event):
 
 
 class SeriesReady(Event):
-    """A series has settled."""
+    """A series is stable, and its revision is stored."""
 
     producer = "radqueue/ingest"
     queues = ("inference", "reporting")
@@ -404,7 +457,7 @@ class SeriesReady(Event):
 
 
 class UploadRejected(Event):
-    """An object was refused and put into quarantine."""
+    """An upload was refused and put into quarantine."""
 
     producer = "radqueue/ingest"
     queues = ("reporting",)
@@ -413,7 +466,7 @@ class UploadRejected(Event):
 
 
 class StudySettling(Event):
-    """The inference worker to itself, delayed."""
+    """A study has stable series: the inference worker tells itself, delayed, to look at the whole study."""
 
     producer = "radqueue/inference"
     queues = ("inference",)
@@ -422,7 +475,7 @@ class StudySettling(Event):
 
 
 class InferenceRequested(Event):
-    """The inference worker to itself: one MAP on one revision."""
+    """One MAP is to run on one revision, or on several of one study: the inference worker asks itself."""
 
     producer = "radqueue/inference"
     queues = ("inference",)
@@ -431,7 +484,7 @@ class InferenceRequested(Event):
 
 
 class InferenceSkipped(Event):
-    """No MAP takes a revision."""
+    """A revision meets no MAP's conditions, so nothing runs on it."""
 
     producer = "radqueue/inference"
     queues = ("reporting",)
@@ -440,7 +493,7 @@ class InferenceSkipped(Event):
 
 
 class InferenceCompleted(Event):
-    """A result is in HealthImaging, or no series matched."""
+    """A MAP's result is stored and pushed to its target, or the MAP found no matching series."""
 
     producer = "radqueue/inference"
     queues = ("reporting",)
@@ -449,7 +502,7 @@ class InferenceCompleted(Event):
 
 
 class InferenceFailed(Event):
-    """A MAP failed on a revision."""
+    """A MAP failed, or its target refused what it made."""
 
     producer = "radqueue/inference"
     queues = ("reporting",)
@@ -458,7 +511,7 @@ class InferenceFailed(Event):
 
 
 class MapUpdated(Event):
-    """A MAP's traffic moved over to a new version."""
+    """A new version of a MAP passed its trial, and serves from now on."""
 
     producer = "radqueue/inference"
     queues = ("reporting",)
@@ -467,7 +520,7 @@ class MapUpdated(Event):
 
 
 class MapRejected(Event):
-    """A new version of a MAP was refused."""
+    """A new version of a MAP failed its trial, and the one before it goes on serving."""
 
     producer = "radqueue/inference"
     queues = ("reporting",)
@@ -485,7 +538,7 @@ class TrainingRequested(Event):
 
 
 class TrainingRoundCompleted(Event):
-    """A round was trained and evaluated."""
+    """A round of a training was trained and evaluated."""
 
     producer = "radqueue/trainer"
     queues = ("reporting",)
@@ -494,7 +547,7 @@ class TrainingRoundCompleted(Event):
 
 
 class TrainingCompleted(Event):
-    """A training ended with a model and images."""
+    """A training ended, with a model and images: approved, or after its last round."""
 
     producer = "radqueue/trainer"
     queues = ("reporting",)
@@ -503,7 +556,7 @@ class TrainingCompleted(Event):
 
 
 class TrainingFailed(Event):
-    """A training cannot work as asked."""
+    """A training cannot work as asked, and nothing is tried again until it is asked anew."""
 
     producer = "radqueue/trainer"
     queues = ("reporting",)
@@ -542,7 +595,7 @@ _EVENT: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
 EVENT_TYPES: tuple[type[Event], ...] = get_args(get_args(AnyEvent)[0])
 
 
-# What S3 tells.
+# Notifications of S3.
 
 
 class CreatedObject(_Frozen):

@@ -22,8 +22,7 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
-
+from shared.aws_errors import AWS_ERRORS, Kind, code_of, kind_of
 from shared.log import get_logger
 
 if TYPE_CHECKING:
@@ -44,8 +43,6 @@ BUFFER_VALUES = 50_000
 """Different values kept in memory while CloudWatch does not answer; the oldest go first."""
 DATUM_BYTES, VALUE_BYTES, DIMENSION_BYTES = 400, 120, 120
 """Upper bounds of what each adds to a request in the wordiest of CloudWatch's protocols."""
-REFUSED = {"InvalidParameterCombination", "InvalidParameterValue", "MissingParameter", "MissingRequiredParameter"}
-"""The request itself is wrong; sent again, it would be refused again."""
 
 Unit = Literal["Count", "None", "Seconds"]
 log = get_logger()
@@ -221,10 +218,10 @@ class Metrics:
         namespace = batch[0][0].metric.namespace
         try:
             await self._cloudwatch.put_metric_data(Namespace=namespace, MetricData=[_datum(*entry) for entry in batch])
-        except (BotoCoreError, ClientError, OSError, TimeoutError) as error:
-            refused = _is_refused(error)
+        except AWS_ERRORS as error:
+            refused = kind_of(error) is Kind.INVALID
             event = "metrics.refused" if refused else "metrics.not_sent"
-            log.warning(event, namespace=namespace, metrics=len(batch), error=_code(error))
+            log.warning(event, namespace=namespace, metrics=len(batch), error=code_of(error))
             return refused
         return True
 
@@ -296,13 +293,3 @@ def _datum(series: _Series, values: Counter[float]) -> "MetricDatumTypeDef":
         "Counts": [float(count) for count in values.values()],
         "Unit": series.metric.unit,
     }
-
-
-def _is_refused(error: Exception) -> bool:
-    if isinstance(error, ClientError):
-        return _code(error).removesuffix("Exception") in REFUSED
-    return isinstance(error, ParamValidationError)
-
-
-def _code(error: Exception) -> str:
-    return str(error.response["Error"]["Code"]) if isinstance(error, ClientError) else type(error).__name__

@@ -4,19 +4,15 @@ IAM: s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket on the bucket. C
 """
 
 import asyncio
-import errno
 import hashlib
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError
-
-from shared.errors import Unavailable
+from shared.aws_errors import AWS_ERRORS, Kind, kind_of, unavailable
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3 import S3Client
@@ -24,7 +20,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1024 * 1024
 PART_BYTES = 64 * 1024 * 1024
 """Objects above this size are uploaded in parts of this size (S3 allows 10,000 parts of 5 MiB to 5 GiB)."""
-HTTP_NOT_FOUND = 404
+LARGEST_COPY_BYTES = 5 * 1024**3
+"""What one CopyObject takes: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html"""
+COPIED_PART_BYTES = 1024**3
 CONTENT_TYPES = {
     ".dcm": "application/dicom",
     ".html": "text/html; charset=utf-8",
@@ -32,7 +30,6 @@ CONTENT_TYPES = {
     ".jsonl": "application/x-ndjson",
     ".png": "image/png",
 }
-LOST_THE_RACE = "PreconditionFailed"
 
 
 class ObjectMissing(KeyError):  # noqa: N818 - it states a fact about a key
@@ -68,14 +65,14 @@ class ObjectStore:
 
     async def get_with_etag(self, key: str) -> tuple[bytes, str]:
         """Return the whole object and the ETag that `put_if_match` takes. Raises `ObjectMissing`."""
-        with _aws_errors():
+        with _s3_errors():
             response = await self._s3.get_object(Bucket=self.bucket, Key=key)
             async with response["Body"] as stream:
                 return await stream.read(), response["ETag"]
 
     async def size(self, key: str) -> int:
         """Return the object's size in bytes. Raises `ObjectMissing`."""
-        with _aws_errors():
+        with _s3_errors():
             response = await self._s3.head_object(Bucket=self.bucket, Key=key)
             return response["ContentLength"]
 
@@ -89,7 +86,7 @@ class ObjectStore:
 
     async def put(self, key: str, body: bytes) -> str:
         """Store `body`, replacing what was there; returns the ETag."""
-        with _aws_errors():
+        with _s3_errors():
             return await self._put(key, body)
 
     async def put_if_absent(self, key: str, body: bytes) -> bool:
@@ -102,14 +99,12 @@ class ObjectStore:
 
     async def _put_if(self, key: str, body: bytes, condition: dict[str, Any]) -> str | None:
         try:
-            with _aws_errors():
-                return await self._put(key, body, **condition)
-        except ObjectMissing:  # If-Match on a key that is gone
-            return None
-        except ClientError as error:
-            if error.response["Error"]["Code"] == LOST_THE_RACE:
+            return await self._put(key, body, **condition)
+        except AWS_ERRORS as error:
+            # An If-Match on a key that is gone finds it missing.
+            if kind_of(error) in {Kind.PRECONDITION_FAILED, Kind.MISSING}:
                 return None
-            raise
+            raise unavailable("S3", error) from None
 
     async def _put(self, key: str, body: bytes, media_type: str | None = None, **condition: Any) -> str:
         kind = media_type or _media_type(key)
@@ -118,7 +113,7 @@ class ObjectStore:
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectSummary]:
         """Yield every object whose key starts with `prefix`, in key order."""
-        with _aws_errors():
+        with _s3_errors():
             pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
             async for page in pages:
                 for item in page.get("Contents", []):
@@ -126,12 +121,28 @@ class ObjectStore:
 
     async def delete(self, key: str) -> None:
         """Remove the object; a key that is free already is no error."""
-        with _aws_errors():
+        with _s3_errors():
             await self._s3.delete_object(Bucket=self.bucket, Key=key)
+
+    async def copy(self, key: str, to: str) -> None:
+        """Copy an object inside the bucket; above 5 GiB in parts. Raises `ObjectMissing`."""
+        size = await self.size(key)
+        source: Any = {"Bucket": self.bucket, "Key": key}
+        with _s3_errors():
+            if size <= LARGEST_COPY_BYTES:
+                await self._s3.copy_object(Bucket=self.bucket, Key=to, CopySource=source)
+                return
+            async with self._multipart(to, _media_type(to)) as (where, parts):
+                for number, start in enumerate(range(0, size, COPIED_PART_BYTES), 1):
+                    span = f"bytes={start}-{min(start + COPIED_PART_BYTES, size) - 1}"
+                    part = await self._s3.upload_part_copy(
+                        **where, CopySource=source, CopySourceRange=span, PartNumber=number
+                    )
+                    parts.append({"PartNumber": number, "ETag": part["CopyPartResult"]["ETag"]})
 
     async def download(self, key: str, path: Path) -> None:
         """Stream the object into the file `path`, in chunks of 1 MiB. Raises `ObjectMissing`."""
-        with _aws_errors():
+        with _s3_errors():
             response = await self._s3.get_object(Bucket=self.bucket, Key=key)
             async with response["Body"] as stream:
                 with path.open("wb") as file:
@@ -141,7 +152,7 @@ class ObjectStore:
     async def sha256(self, key: str) -> str:
         """Return the hash of the whole object in hex, read in chunks of 1 MiB. Raises `ObjectMissing`."""
         digest = hashlib.sha256()
-        with _aws_errors():
+        with _s3_errors():
             response = await self._s3.get_object(Bucket=self.bucket, Key=key)
             async with response["Body"] as stream:
                 while chunk := await stream.read(CHUNK_BYTES):
@@ -155,26 +166,34 @@ class ObjectStore:
         """
         if path.stat().st_size <= PART_BYTES:
             body = await asyncio.to_thread(path.read_bytes)
-            with _aws_errors():
+            with _s3_errors():
                 await self._put(key, body, media_type)
             return
-        with _aws_errors():
-            where: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
-            kind = media_type or _media_type(key)
-            created = await self._s3.create_multipart_upload(**where, ContentType=kind)
-            where["UploadId"] = created["UploadId"]
-            try:
-                parts: Any = []
+        with _s3_errors():
+            async with self._multipart(key, media_type or _media_type(key)) as (where, parts):
                 bodies = _parts(path)
                 number = 0
                 while body := await asyncio.to_thread(next, bodies, b""):
                     number += 1
                     part = await self._s3.upload_part(**where, PartNumber=number, Body=body)
                     parts.append({"PartNumber": number, "ETag": part["ETag"]})
-                await self._s3.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
-            except BaseException:
-                await self._s3.abort_multipart_upload(**where)
-                raise
+
+    @asynccontextmanager
+    async def _multipart(self, key: str, media_type: str) -> AsyncIterator[tuple[dict[str, Any], Any]]:
+        """Give the block what names the upload, and the list that it fills with parts; afterwards the object is there.
+
+        Of an upload that fails no parts stay behind.
+        """
+        where: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
+        created = await self._s3.create_multipart_upload(**where, ContentType=media_type)
+        where["UploadId"] = created["UploadId"]
+        parts: Any = []
+        try:
+            yield where, parts
+            await self._s3.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+        except BaseException:
+            await self._s3.abort_multipart_upload(**where)
+            raise
 
 
 def _media_type(key: str) -> str:
@@ -188,20 +207,11 @@ def _parts(path: Path) -> Iterator[bytes]:
 
 
 @contextmanager
-def _aws_errors() -> Iterator[None]:
-    """Turn what botocore raises into the errors of this module."""
+def _s3_errors() -> Iterator[None]:
+    """Raise what S3 raises as the errors of this module."""
     try:
         yield
-    except ClientError as error:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        code = error.response["Error"]["Code"]
-        if code == LOST_THE_RACE:
-            raise
-        if status == HTTP_NOT_FOUND and code != "NoSuchBucket":
+    except AWS_ERRORS as error:
+        if kind_of(error) is Kind.MISSING:
             raise ObjectMissing from None
-        # Expired credentials, a policy or a throttle: the work is good, and can be done when they are mended.
-        raise Unavailable(f"S3: {code}") from None
-    except (BotoCoreError, aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-        raise Unavailable(f"S3: {type(error).__name__}") from None
-    except OSError as error:
-        raise Unavailable(f"this machine: {errno.errorcode.get(error.errno or 0, 'unknown')}") from None
+        raise unavailable("S3", error) from None

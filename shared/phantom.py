@@ -32,7 +32,7 @@ FIELD_OF_VIEW_MM = 420.0
 OUTSIDE_HU = -1024.0
 """What scanners store outside of the reconstructed circle."""
 RESCALE_INTERCEPT = {12: -1024, 16: 0}
-"""By bits stored: 12 bits are unsigned and need an offset, 16 bits are signed and hold Hounsfield units as they are."""
+"""The intercept by bits stored: 12 bits are unsigned and need an offset, 16 bits are signed and hold HU as they are."""
 
 
 @dataclass(frozen=True, slots=True)

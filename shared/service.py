@@ -6,14 +6,12 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from http import HTTPStatus
 from pathlib import Path
 from typing import TypeVar
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from shared import log, spot
 from shared.aws import Aws, connect
+from shared.aws_errors import AWS_ERRORS, Kind, code_of, is_answer, kind_of
 from shared.concurrency import Stop
 from shared.config import Misconfigured, ServiceSettings, load
 from shared.metrics import Metrics
@@ -110,22 +108,19 @@ async def _bucket_answers(aws: Aws, bucket: str, patience_s: float) -> None:
         Misconfigured: it is not ours, or it is not there or does not answer for `patience_s` seconds.
     """
     where = aws.endpoint_url or f"AWS in {aws.region}"
-    wrong = f"AWS_ENDPOINT_URL: {where} does not answer (no connection)."
     until = asyncio.get_running_loop().time() + patience_s
     while True:
-        status = HTTPStatus.INTERNAL_SERVER_ERROR
         try:
             async with asyncio.timeout_at(until + START_PAUSE_S):
                 await aws.s3.head_bucket(Bucket=bucket)
-        except ClientError as error:
-            status = HTTPStatus(error.response["ResponseMetadata"]["HTTPStatusCode"])
-            wrong = f"RADQUEUE_BUCKET: S3 at {where} answers {error.response['Error']['Code']} for this bucket."
-        except (BotoCoreError, TimeoutError) as error:
-            wrong = f"AWS_ENDPOINT_URL: {where} does not answer ({type(error).__name__})."
+        except AWS_ERRORS as error:
+            wrong = f"AWS_ENDPOINT_URL: {where} does not answer ({code_of(error)})."
+            if is_answer(error):
+                wrong = f"RADQUEUE_BUCKET: S3 at {where} answers {code_of(error)} for this bucket."
+            later = kind_of(error) in (Kind.UNAVAILABLE, Kind.MISSING)
+            if not later or asyncio.get_running_loop().time() >= until:
+                raise Misconfigured(wrong) from None
         else:
             return
-        refused = status < HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_FOUND
-        if refused or asyncio.get_running_loop().time() >= until:
-            raise Misconfigured(wrong)
         log.get_logger().warning("service.waiting", why=wrong)
         await asyncio.sleep(START_PAUSE_S)

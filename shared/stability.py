@@ -29,7 +29,7 @@ def delay_s(wait_s: float, quiet_s: float) -> int:
     return min(math.ceil(max(wait_s, 0)), math.ceil(quiet_s)) + 1
 
 
-async def send_once(objects: ObjectStore, marker: str, send: Callable[[], Awaitable[None]]) -> None:
+async def send_once(marker: str, send: Callable[[], Awaitable[None]], *, objects: ObjectStore) -> None:
     """Send the message of a bucket unless its marker is there. The marker comes after the message."""
     if await objects.exists(marker):
         return
@@ -37,7 +37,7 @@ async def send_once(objects: ObjectStore, marker: str, send: Callable[[], Awaita
     await objects.put_if_absent(marker, b"")
 
 
-async def is_responsible(objects: ObjectStore, markers: str, bucket: str, overdue: datetime) -> bool:
+async def is_responsible(markers: str, bucket: str, overdue: datetime, *, objects: ObjectStore) -> bool:
     """Tell whether a bucket's message is the newest, or the first whose bucket began when the thing was overdue.
 
     `markers` is the prefix of the thing's markers; what follows in their keys is the bucket.

@@ -20,9 +20,39 @@ from botocore.config import Config
 from deploy.topology import Topology
 from shared.aws import Aws, connect
 from shared.config import ServiceSettings
+from tests.examples import register_profiles
 
 ROOT = Path(__file__).parent.parent
 STOP_TIMEOUT_S = 30
+
+LONGEST_FIRST = (
+    "test_journey.py",
+    "chaos/test_services.py",
+    "cli/test_map_commands.py",
+    "trainer/test_training.py",
+    "trainer/test_journey.py",
+    "shared/test_once.py",
+    "inference/test_runner.py",
+    "inference/test_runner_processes.py",
+    "cli/test_up.py",
+    "trainer/test_distributed.py",
+    "trainer/test_resume.py",
+    "cli/test_map_build.py",
+    "inference/test_container.py",
+)
+"""Files that take the longest. A file stays with one worker: begun late, it would be waited for by all the others."""
+
+register_profiles()
+
+
+@pytest.hookimpl(tryfirst=True)  # what is slow is left out by pytest's own hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, and call slow whatever runs containers."""
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    for item in items:
+        if "engine" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @dataclass(frozen=True)
@@ -95,6 +125,7 @@ def start_local_aws(directory: Path, port: int = 0) -> LocalAws:
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     # The line comes when the whole topology answers; the end of the stream comes when the process died first.
     word, _, endpoint_url = process.stdout.readline().strip().partition(" ")
     if word != "ready":

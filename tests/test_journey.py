@@ -254,8 +254,10 @@ def test_an_inference_worker_killed_in_the_middle_leaves_one_result(world, serie
     assert world.dead("inference") == []
 
 
+@pytest.mark.slow
 def test_a_trainer_killed_in_the_middle_resumes_and_the_month_is_reported(world, tmp_path):
     """After SIGKILL no completed round is repeated; the report tells each round once, and shows the images."""
+    world.put("gan/broken.dcm", b"\0" * 128 + b"DICM" + uuid.uuid4().bytes)  # for the report to tell of
     for path in sorted(write_cohort(tmp_path / "cohort", patients=6, slices=24, size=64)):
         for file in sorted(path.rglob("*.dcm")):
             world.put(f"gan/{uuid.uuid4()}.dcm", file.read_bytes())
@@ -285,10 +287,15 @@ def test_a_trainer_killed_in_the_middle_resumes_and_the_month_is_reported(world,
     html = world.s3.get_object(Bucket=world.bucket, Key=f"reports/{month}.html")["Body"].read().decode()
     assert "data:image/png;base64," in html
     assert world.dead("training") == world.dead("reporting") == []
+    assert_no_log_line_names_a_patient(world)
 
 
 def test_no_log_line_names_a_patient(world):
     """No name, id or birth date of any uploaded file is in anything that any process printed."""
+    assert_no_log_line_names_a_patient(world)
+
+
+def assert_no_log_line_names_a_patient(world):
     printed = {path.name: path.read_text() for path in world.stack.logs.iterdir()}
     traces = [PATIENT.patient_id, PATIENT.birth_date, *PATIENT.name.split("^"), *OTHERS]
 

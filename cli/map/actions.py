@@ -11,26 +11,23 @@ from typing import Any
 
 import boto3
 import pydicom
-from botocore.exceptions import BotoCoreError, ClientError
 from pydicom.errors import InvalidDicomError
 
-from cli.client import Refused, WrongUsage
 from cli.map import build as image
 from services.inference import preflight
-from services.inference.__main__ import bounds_of
 from services.inference.package.engine import Engine, EngineFailed, ecr_of
 from services.inference.package.manifests import BrokenMap
 from services.inference.package.maps import Map, is_image, read_source
-from services.inference.preflight import Finding
+from services.inference.preflight import Finding, Way
 from services.inference.reasons import explained
-from services.inference.serving import gpus
-from services.inference.serving.runner import Serving
 from services.inference.settings import InferenceSettings
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.child import ChildFailed
 from shared.config import load
 from shared.dicom import silence
 from shared.errors import Unavailable
 from shared.log import setup
+from shared.operations.refused import Refused, WrongUsage
 
 NAME = "map"
 Environ = Mapping[str, str]
@@ -51,7 +48,7 @@ def check(
     source: str,
     study: Path | None,
     *,
-    serving: Serving,
+    way: Way,
     least: Mapping[str, int] | None,
     log: Path | None,
     say: Say,
@@ -61,7 +58,6 @@ def check(
 
     `least` is what it must write, as `outputs` of `maps.yaml`.
     """
-    settings = load(InferenceSettings, environ)
     if study is not None:
         require_study(study)
     try:
@@ -69,13 +65,7 @@ def check(
     except (BrokenMap, EngineFailed) as problem:
         return [Finding("manifests", "error", str(problem), "docs/maps.md says what a MAP is.")]
     _be_quiet()
-    devices = gpus.installed()
-    findings = [
-        *preflight.check_manifests(found, deadline_s=serving.deadline_s),
-        *preflight.check_gpu(found, devices),
-    ]
-    say("importing it")
-    findings += preflight.probe(found, gpu=bool(devices and found.needs.gpu), warm=serving.isolation == "warm")
+    findings = preflight.examine(found, way=way, say=say)
     if study is None:
         return findings
     if any(one.level == "error" for one in findings):
@@ -84,20 +74,18 @@ def check(
         remedy = "Give a DICOM study: a worker gives a MAP nothing else."
         findings.append(Finding("study", "warning", f"there is no DICOM file in {study}", remedy))
     say("running it")
-    how: dict[str, Any] = {"serving": serving, "bounds": bounds_of(settings), "least": least, "log": log}
-    return findings + asyncio.run(preflight.check_study(found, study, **how))
+    return findings + asyncio.run(preflight.check_study(found, study, way=way, least=least, log=log))
 
 
 @_engine_told()
 def run(
-    environ: Environ, source: str, study: Path, output: Path, *, serving: Serving, log: Path | None, **where: Any
+    environ: Environ, source: str, study: Path, output: Path, *, way: Way, log: Path | None, **where: Any
 ) -> dict[str, Any]:
     """Run a MAP on the files of `study`, write what it makes to `output`, and tell what came of it."""
-    settings = load(InferenceSettings, environ)
     require_study(study)
     found = read(environ, source, **where)
     _be_quiet()
-    trying = preflight.try_study(found, study, output, serving=serving, bounds=bounds_of(settings), log=log)
+    trying = preflight.try_study(found, study, output, way=way, log=log)
     try:
         tried = asyncio.run(trying)
     except ChildFailed as failed:
@@ -204,11 +192,11 @@ def read(environ: Environ, source: str, *, python: str | None = None, models: Pa
     return read_source(NAME, source, python=python, models=models, engine=engine)
 
 
-def serving(isolation: str, deadline_s: float | None) -> Serving:
+def way_of(environ: Environ, isolation: str, deadline_s: float | None) -> Way:
     """Return how it is to be run."""
     match isolation:
         case "warm" | "process":
-            return Serving(isolation=isolation, deadline_s=deadline_s)
+            return Way(load(InferenceSettings, environ), isolation, deadline_s)
         case _:
             raise WrongUsage("--isolation: warm or process")
 
@@ -257,5 +245,5 @@ def _authorization(tag: str, environ: Environ) -> str | None:
     ecr = boto3.client("ecr", region_name=place[1], endpoint_url=environ.get("AWS_ENDPOINT_URL"))
     try:
         return str(ecr.get_authorization_token()["authorizationData"][0]["authorizationToken"])
-    except (BotoCoreError, ClientError) as error:
-        raise Refused(f"ECR gives no authorization ({type(error).__name__})") from None
+    except AWS_ERRORS as error:
+        raise Refused(f"ECR gives no authorization ({code_of(error)})") from None

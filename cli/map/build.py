@@ -31,7 +31,7 @@ UID = 1000
 APP, MODELS, WORK = "/opt/holoscan/app", "/opt/holoscan/models", "/var/holoscan"
 CONFIG = f"{WORK}/app.yaml"
 LINES, COLUMNS = 6, 240
-"""Of a failed build that are shown; its log has all."""
+"""The most of a failed build's output that is shown; its log has all of it."""
 _TELLING = re.compile(r"error|fail|denied|not found|no such|cannot|unable|invalid", re.IGNORECASE)
 """Lines that tell why a build failed."""
 ENVIRONMENT = {
@@ -62,7 +62,7 @@ class Built:
     """What came of a build: an image, or, where nothing can build one, a context."""
 
     context: Path | None
-    """None: it was temporary."""
+    """The folder that the image was built from; None if it was temporary."""
     base: str
     done: bool
     """False: nothing here can build, and only the context was written."""

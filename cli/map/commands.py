@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from cli import show
+from cli.options import Json
 
 BASE = "docker.io/library/python:3.12-slim-bookworm"
 MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
@@ -23,7 +24,6 @@ Models = Annotated[Path | None, typer.Option(help="Its models, where they do not
 Isolation = Annotated[str, typer.Option(help="warm, or process: the MAP's own command in a process of its own.")]
 Deadline = Annotated[float | None, typer.Option(min=0.001, help="Wall seconds for the study.")]
 Log = Annotated[Path | None, typer.Option(help="Write what it prints to this file; it may name the patient.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
 @app.command()
@@ -50,7 +50,7 @@ def check(
         context.obj,
         source,
         study,
-        serving=actions.serving(isolation, deadline),
+        way=actions.way_of(context.obj, isolation, deadline),
         least=actions.least_of(outputs or []),
         log=log,
         say=show.progress,
@@ -85,8 +85,8 @@ def run(
     """Run a MAP on one study, as the worker does; exit code 1 where it failed."""
     from cli.map import actions  # noqa: PLC0415
 
-    serving = actions.serving(isolation, deadline)
-    told = actions.run(context.obj, source, study, output, serving=serving, log=log, python=python, models=models)
+    way = actions.way_of(context.obj, isolation, deadline)
+    told = actions.run(context.obj, source, study, output, way=way, log=log, python=python, models=models)
     if json:
         show.json(told)
     else:

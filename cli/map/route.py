@@ -1,27 +1,22 @@
 """`radqueue map route`: which MAPs would take which series of a study, and what keeps the others away; runs nothing."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pydicom
-from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 from rich.markup import escape
 from rich.table import Table
 
 from cli import show
-from cli.client import Client, Refused, WrongUsage
+from cli.client import Client
 from services.inference.reasons import several
 from services.inference.routing import RoutingTable, read
 from services.inference.settings import InferenceSettings
-from services.ingest.assembly import DEFER_BYTES
-from services.ingest.series import describe
+from services.ingest.check import described
 from shared.config import load
-from shared.dicom import Revision, StoredInstance, is_uid, silence
+from shared.dicom import Revision, is_uid
+from shared.operations.refused import Refused, WrongUsage
 
 
 def route(environ: Mapping[str, str], study: str, maps: str | None) -> dict[str, Any]:
@@ -94,34 +89,12 @@ def _stored(client: Client, study_uid: str) -> list[Revision]:
 
 def _local(folder: Path) -> list[Revision]:
     """Describe the series in a folder as ingest would."""
-    silence()
-    headers: dict[tuple[str, str], list[Dataset]] = defaultdict(list)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        try:
-            header = pydicom.dcmread(path, defer_size=DEFER_BYTES)
-            headers[str(header.StudyInstanceUID), str(header.SeriesInstanceUID)].append(header)
-        except (InvalidDicomError, AttributeError, OSError, EOFError, ValueError):
-            continue
-    if not headers:
+    revisions = described(folder)
+    if not revisions:
         raise Refused(f"there is no DICOM file in {folder}")
-    if len({study_uid for study_uid, _ in headers}) > 1:
+    if len({revision.study_uid for revision in revisions}) > 1:
         raise WrongUsage(f"{folder} holds more than one study")
-    return [_revision(uids, series) for uids, series in headers.items()]
-
-
-def _revision(uids: tuple[str, str], headers: list[Dataset]) -> Revision:
-    described = describe(headers)
-    instances = {str(header.get("SOPInstanceUID", "")) for header in headers}
-    return Revision(
-        dataset="local",
-        study_uid=uids[0],
-        series_uid=uids[1],
-        digest="0" * 16,
-        created=datetime.now(UTC),
-        instances=tuple(StoredInstance(sop_instance_uid=uid, sha="0" * 16, key="") for uid in sorted(instances)),
-        attributes=described.attributes,
-        geometry=described.geometry,
-    )
+    return revisions
 
 
 def _table(series: Mapping[str, Any]) -> Table:

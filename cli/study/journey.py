@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cli.client import Client, Refused, Stored
+from cli.client import Client
 from cli.study.uploads import Instance, Upload, instances
 from services.inference.reasons import explained
 from services.inference.records import StudyRouting, result_prefix, study_prefix
 from shared.dicom import Revision, revision_key, series_prefix, stored_instance
+from shared.objects import ObjectSummary
+from shared.operations.refused import Refused
 
 POLL_S = 1.0
 HINT_AFTER_S = 30.0
@@ -260,7 +262,7 @@ class Journey:
         if revision is not None and revision.digest != series.digest:
             series.stage, series.digest, series.maps = "settled", revision.digest, {}
 
-    def _find_missing(self, series: Series, found: Sequence[Stored]) -> None:
+    def _find_missing(self, series: Series, found: Sequence[ObjectSummary]) -> None:
         """Look for each instance that is not stored among the refused ones."""
         stored = {(item.sop_instance_uid, item.sha) for item in map(stored_instance, _keys(found)) if item is not None}
         stored_uids = {sop_instance_uid for sop_instance_uid, _ in stored}
@@ -286,7 +288,7 @@ class Journey:
         if series.expected and series.digest is None:
             series.stage = "stored"
 
-    def _newest_revision(self, series: Series, found: Sequence[Stored]) -> Revision | None:
+    def _newest_revision(self, series: Series, found: Sequence[ObjectSummary]) -> Revision | None:
         """Return the newest revision that holds everything uploaded."""
         expected = {(uid, instance.sha) for uid, instance in series.expected.items()}
         for stored in sorted(found, key=lambda item: item.last_modified, reverse=True):
@@ -318,8 +320,9 @@ class Journey:
             keys += [key for start in given.values() for key in _keys(self._client.stored(start))]
         for name, start in starts.items():
             ended = _ended(keys, start) if name not in series.maps else None
-            if ended is not None and (told := outcome_of(self._client, ended)):
-                series.maps[name] = told
+            # A failure may be gone again: its MAP runs once more.
+            if ended is not None and (record := self._client.get_json(ended)):
+                series.maps[name] = outcome(self._client, ended, record)
         series.stage = _stage_of(series, starts, keys)
 
     def _study_results(self, series: Series) -> dict[str, str] | None:
@@ -357,14 +360,13 @@ class Journey:
         return written is not None and other is not None and written < other
 
 
-def outcome_of(client: Client, key: str) -> dict[str, Any]:
-    """Return what a `result.json` says, or a `failure.json` with `outcome`, `why` and `remedy`, and `log`, a URL.
+def outcome(client: Client, key: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the `record` of a `result.json` as it is; that of a `failure.json` with what people want to know.
 
-    Empty where a failure is gone: its MAP runs again.
-    `log_key` is where what the MAP printed is in the bucket; None where it was not run, or the log is gone.
+    That is `outcome`, `why`, `remedy`, and `log`, a URL. `log_key` is where what the MAP printed is in the bucket; None
+    where it was not run, or the log is gone.
     """
-    record = client.get_json(key) or {}
-    if not record or key.endswith("/result.json"):
+    if key.endswith("/result.json"):
         return record
     prefix = key.rpartition("/")[0]
     # What was pushed, and refused, another attempt may have made.
@@ -407,5 +409,5 @@ def _end_of(results: Iterable[dict[str, Any]]) -> str:
     return "pushed" if "completed" in outcomes else "no_match"
 
 
-def _keys(found: Iterable[Stored]) -> list[str]:
+def _keys(found: Iterable[ObjectSummary]) -> list[str]:
     return [stored.key for stored in found]

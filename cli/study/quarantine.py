@@ -1,131 +1,25 @@
-"""`radqueue quarantine`: what ingest refused, why, and giving it to ingest once more.
+"""`radqueue quarantine`: the commands that show what ingest refused, and give it to ingest once more.
 
-To release an object is to copy it to `incoming/<dataset>/released/<sha256>`, where ingest finds it like any upload:
-with other limits or other rules it may take it now. If it refuses it again, the object is in quarantine again, under
-the same hash with the new reason. Nothing is deleted: `released.json` says which refusal was answered, and what is
-released is not listed any more. An object that was too large to be moved into quarantine is found where it was
-uploaded.
-
-IAM, beyond `cli/client.py`: s3:GetObject and s3:PutObject on `quarantine/*`.
+IAM, beyond `cli/client.py`: see `shared/operations/quarantine.py`.
 """
 
-import hashlib
-import json as json_module
-import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import asyncio
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cli import orders, show
-from cli.client import Client, Refused, WrongUsage, now
+from cli import names, show
+from cli.bridge import Bucket
+from cli.client import Client, now
+from cli.options import Json
 from services.ingest.reasons import REASONS
-
-PREFIX = "quarantine/"
-SHORT = 12
-"""Digits of a hash that people are shown, and more than enough to name one."""
+from shared.operations.quarantine import SHORT, Refusal, chosen, release
+from shared.operations.refused import Refused, WrongUsage
 
 app = typer.Typer(no_args_is_help=True, help="What was uploaded and refused.")
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """One object in quarantine."""
-
-    sha256: str
-    reason_code: str
-    place: str
-    dataset: str
-    upload_key_sha256: str
-    time: str
-    bytes: int | None
-    """None where the object is still where it was uploaded."""
-    released: str | None
-    """When this refusal was answered by a release."""
-
-    @property
-    def key(self) -> str:
-        """Where the object lies, if it does."""
-        return f"{PREFIX}{self.sha256}/object"
-
-
-def refusals(client: Client, prefix: str = "") -> Iterator[Refusal]:
-    """Yield what is in quarantine, by hash, which begins with `prefix`."""
-    sizes = {stored.key: stored.size for stored in client.stored(f"{PREFIX}{prefix}")}
-    for key in sizes:
-        sha256, _, name = key.removeprefix(PREFIX).partition("/")
-        if name != "reason.json":
-            continue
-        reason = client.get_json(key)
-        if reason is None:
-            continue
-        releasing = f"{PREFIX}{sha256}/released.json"
-        answered = client.get_json(releasing) if releasing in sizes else None
-        yield Refusal(
-            sha256=sha256,
-            reason_code=reason["reason_code"],
-            place=reason["place"],
-            dataset=reason["dataset"],
-            upload_key_sha256=reason["upload_key_sha256"],
-            time=reason["time"],
-            bytes=sizes.get(f"{PREFIX}{sha256}/object"),
-            released=answered["time"] if answered and answered["reason"] == reason else None,
-        )
-
-
-def chosen(
-    client: Client, hashes: list[str], *, reason: str | None, dataset: str | None, released: bool
-) -> list[Refusal]:
-    """Return what is meant: hashes or their beginnings, or else all with the reason and of the dataset.
-
-    Raises:
-        Refused: nothing is in quarantine under a hash.
-    """
-    found = [refusal for prefix in hashes or [""] for refusal in _under(client, prefix)]
-    return [
-        refusal
-        for refusal in found
-        if reason in {None, refusal.reason_code}
-        and dataset in {None, refusal.dataset}
-        and (released or refusal.released is None)
-    ]
-
-
-def _under(client: Client, prefix: str) -> list[Refusal]:
-    if not re.fullmatch(r"[0-9a-f]{0,64}", prefix):
-        raise WrongUsage("a hash is made of the digits 0 to 9 and a to f; `radqueue quarantine list` shows them")
-    found = list(refusals(client, prefix))
-    if prefix and len(found) != 1:
-        raise Refused(f"{len(found) or 'no'} objects in quarantine begin with {prefix}")
-    return found
-
-
-def release(client: Client, refusal: Refusal, dataset: str | None = None) -> str:
-    """Give the object to ingest once more; returns the key that it has now.
-
-    Raises:
-        Refused: the object is gone.
-    """
-    source = refusal.key if refusal.bytes is not None else _uploaded(client, refusal)
-    to = f"incoming/{dataset or refusal.dataset}/released/{refusal.sha256}"
-    reason = client.get_json(f"{PREFIX}{refusal.sha256}/reason.json")
-    answer = {"time": now().isoformat(), "reason": reason}
-    # Before the copy: a refusal that comes of it is younger, and no answer to it is there.
-    client.put(f"{PREFIX}{refusal.sha256}/released.json", json_module.dumps(answer, indent=1).encode())
-    client.copy(source, to)
-    return to
-
-
-def _uploaded(client: Client, refusal: Refusal) -> str:
-    """Find the object that stayed where it was: only the hash of its key is known."""
-    for stored in client.stored("incoming/"):
-        if hashlib.sha256(stored.key.encode()).hexdigest() == refusal.upload_key_sha256:
-            return stored.key
-    raise Refused(f"the object {refusal.sha256[:SHORT]} stayed where it was uploaded, and is gone from there")
 
 
 Hashes = Annotated[list[str], typer.Argument(help="Beginnings of hashes, as `list` shows them.", show_default=False)]
@@ -148,7 +42,9 @@ def list_(
     json: Json = False,
 ) -> None:
     """Show what is in quarantine and why."""
-    found = chosen(Client(context.obj), [], reason=_known_reason(reason), dataset=dataset, released=released)
+    objects = Bucket(Client(context.obj))
+    reason = _known_reason(reason)
+    found = asyncio.run(chosen([], reason=reason, dataset=dataset, released=released, objects=objects))
     if json:
         show.json({"refused": [asdict(refusal) for refusal in found]})
     elif found:
@@ -160,7 +56,7 @@ def list_(
 @app.command("show")
 def show_(context: typer.Context, *, hashes: Hashes, json: Json = False) -> None:
     """Show why objects were refused, and what can be done."""
-    found = chosen(Client(context.obj), hashes, reason=None, dataset=None, released=True)
+    found = asyncio.run(chosen(hashes, released=True, objects=Bucket(Client(context.obj))))
     if json:
         show.json({"refused": [asdict(refusal) | {"meaning": _meaning(refusal)} for refusal in found]})
         return
@@ -186,14 +82,9 @@ def release_(
     if bool(hashes) == (reason is not None):
         raise WrongUsage("name hashes, or a reason with --reason")
     client = Client(context.obj)
-    to = None if dataset is None else orders.name(dataset)
-    found = chosen(client, hashes or [], reason=_known_reason(reason), dataset=None, released=bool(hashes))
-    given, gone = {}, {}
-    for refusal in found:
-        try:
-            given[refusal.sha256] = release(client, refusal, to)
-        except Refused as error:  # the others are not to wait for it
-            gone[refusal.sha256] = str(error)
+    to = None if dataset is None else names.name(dataset)
+    reason = _known_reason(reason)
+    given, gone = asyncio.run(_released(hashes or [], reason, to, objects=Bucket(client)))
     if json:
         show.json({"released": given, "not_released": gone})
     else:
@@ -201,6 +92,19 @@ def release_(
         show.say(f"released {len(given)} objects")
     if gone:
         raise Refused("; ".join(gone.values()))
+
+
+async def _released(
+    hashes: list[str], reason: str | None, to: str | None, *, objects: Bucket
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Release what is meant; returns the new keys, and what is gone with the reason, both by hash."""
+    given, gone = {}, {}
+    for refusal in await chosen(hashes, reason=reason, released=bool(hashes), objects=objects):
+        try:
+            given[refusal.sha256] = await release(refusal, dataset=to, objects=objects, now=now())
+        except Refused as error:  # the others are not to wait for it
+            gone[refusal.sha256] = str(error)
+    return given, gone
 
 
 def table(found: list[Refusal]) -> Table:

@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.client import Client, Refused
+from cli.client import Client
 from shared.dicom import COMPLETE, is_uid, sha_of, silence
+from shared.operations.refused import Refused
 
 CHUNK_BYTES = 1024 * 1024
 AT_ONCE = 4

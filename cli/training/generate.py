@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from cli.client import Client, Refused, WrongUsage
-from cli.orders import name
+from cli.client import Client
+from cli.names import name
+from shared.operations.refused import Refused, WrongUsage
 
 if TYPE_CHECKING:
     from services.trainer.records import StoredDescription

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import ClientError
 
 from deploy.local.imagesets import ImageSetStore, discard
 from deploy.local.restjson import ApiError
+from shared.aws_errors import code_of, is_answer
 
 STARTS_PER_S, BURST = 1.0, 5
 """How often a job may be started; AWS documents 0.25 to 1 per second, by region."""
@@ -145,11 +145,8 @@ class ImportJobs:
             outcome = self._import(job)
             self._write_output(job, outcome)
             ended = "COMPLETED"
-        except ClientError as error:
-            job.message = f"S3 answers {error.response['Error']['Code']}"
-            ended = "FAILED"
         except Exception as error:  # noqa: BLE001 - a thread's border: the job must not stay in progress for ever
-            job.message = f"internal error: {type(error).__name__}"
+            job.message = f"S3 answers {code_of(error)}" if is_answer(error) else f"internal error: {code_of(error)}"
             ended = "FAILED"
         time.sleep(max(0.0, until - time.monotonic()))
         job.ended_at = time.time()

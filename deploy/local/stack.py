@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import Self
 
-ROOT = Path(__file__).resolve().parents[2]
+LEASH = files("deploy.local") / "leash.py"
 SERVICES = ("ingest", "inference", "trainer", "reporter")
 AWS = "aws"
 """The name of the local AWS among the processes."""
@@ -50,6 +51,8 @@ ONE_MACHINE = {
     "RADQUEUE_METRICS_FLUSH_S": "5",
 }
 """Settings of the services that suit one person at one machine; the user's own environment wins over them."""
+PATH_SETTINGS = ("_FILE", "_DIR", "_URI")
+"""How the names of settings end that may be paths; an address, s3://…, is none."""
 
 Say = Callable[[str], None]
 
@@ -83,8 +86,8 @@ class _Process:
         with self.log.open("ab") as log:
             self.log_start = log.tell()
             self.running = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(ROOT / "deploy" / "local" / "leash.py"), str(os.getpid()), *self.argv],
-                cwd=ROOT,
+                [sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), *self.argv],
+                cwd=self.log.parent,  # where nothing lies that could be imported instead of ours
                 env=dict(self.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -381,9 +384,10 @@ def read_env(path: Path) -> dict[str, str]:
 
 
 def _user_paths(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings that name files, as absolute paths: the services run in the repository's folder."""
-    paths = {name: value for name, value in environ.items() if name.startswith("RADQUEUE_")}
-    return {name: str(Path(value).absolute()) for name, value in paths.items() if name.endswith(("_FILE", "_DIR"))}
+    """Return the settings that name files, as absolute paths: the services run in the folder of their logs."""
+    named = {name: value for name, value in environ.items() if name.startswith("RADQUEUE_")}
+    paths = {name: value for name, value in named.items() if name.endswith(PATH_SETTINGS) and "://" not in value}
+    return {name: str(Path(value).absolute()) for name, value in paths.items() if value}
 
 
 def _without_aws(environ: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from radqueue.pipeline import (
+    DEFAULT_CONFIG,
     Round,
     build_gan_model,
     calculate_fid,
@@ -26,11 +27,10 @@ from radqueue.pipeline import (
     load_dicom_images,
     modify_config_file,
     preprocess_images,
+    read_config,
     train_gan,
     upload_to_s3,
 )
-from services.trainer import config as shipped
-from services.trainer.jsconfig import checked_config
 
 HELD_OUT_EVERY = 4
 """Every fourth patient is kept out of the training, to measure against."""
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bucket", required=True)
     parser.add_argument("--out", type=Path, default=Path("study"))
-    parser.add_argument("--config", type=Path, default=Path(shipped.__file__).with_name("config.js"))
+    parser.add_argument("--config", type=Path, help="a config.js; without it, the trainer's")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--threshold", type=float, default=2.0, help="the relative distance that is good enough")
     parser.add_argument("--rounds", type=int, default=5)
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
     # The model, and its parameters in a file of our own.
     config = asked.out / "config.js"
-    shutil.copyfile(asked.config, config)
+    config.write_text((asked.config or DEFAULT_CONFIG).read_text("utf-8"), "utf-8")
     modify_config_file(config, imageSize=asked.size)
     model = build_gan_model(config)
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         if distance.relative_fd <= asked.threshold:
             break
         if len(rounds) > 1 and distance.relative_fd > rounds[-2].distance.relative_fd:
-            rate = checked_config(config.read_text("utf-8")).learning_rate
+            rate = read_config(config.read_text("utf-8"))["learningRate"]
             modify_config_file(config, learningRate=rate / 2)
 
     # What came of it.

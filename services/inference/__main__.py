@@ -7,32 +7,23 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError
-
 from services.inference import stable_studies
 from services.inference.handler import infer, route
 from services.inference.package.engine import Engine
 from services.inference.records import result_prefix
-from services.inference.routing import Target
+from services.inference.serving.bounds import bounds_of, serving_of
+from services.inference.serving.fleet import Fleet
 from services.inference.serving.gpus import Share
-from services.inference.serving.runner import Bounds, MapRunner, WorkerUnfit
-from services.inference.serving.versions import Fleet, Place, Sources, serving_of
+from services.inference.serving.place import Place
+from services.inference.serving.runner import MapRunner, WorkerUnfit
+from services.inference.serving.sources import Sources
+from services.inference.serving.table import WatchedTable
+from services.inference.serving.versions import Versions
 from services.inference.settings import InferenceSettings
-from services.inference.targets.archive import (
-    NEEDED,
-    Archive,
-    Archives,
-    DicomWebArchive,
-    HealthImaging,
-    ImportJobs,
-    S3Only,
-)
+from services.inference.targets.configured import open_targets
 from shared.aws import Aws
 from shared.concurrency import KeyedLocks
-from shared.config import Misconfigured
 from shared.dicom import silence
-from shared.dicomweb import Auth, Basic, Bearer, DicomWeb, SigV4, base_url
 from shared.messages import (
     InferenceCompleted,
     InferenceFailed,
@@ -75,12 +66,17 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
 
     allowed = [one.strip() for one in settings.gpus.split(",") if one.strip()]
     async with AsyncExitStack() as stack:
-        archives = await stack.enter_async_context(open_archives(settings, aws, objects))
+        targets = await stack.enter_async_context(open_targets(settings, aws, objects))
         engine = partial(Engine.find, settings.container_engine, settings.engine_arguments)
-        table = Place(settings.maps_file, aws.s3)
-        sources = Sources(table.folder, partial(open_ecr, aws), engine, table.file)
+        place = Place(settings.maps_file, aws.s3)
         gpus = stack.enter_context(closing(Share(settings.work_dir / "gpus", allowed)))
-        fleet = Fleet(table, sources, archives, objects, publish, metrics, clock, gpus)
+        fleet = Fleet(
+            table=WatchedTable(place=place, require=targets.require, metrics=metrics),
+            sources=Sources(place.folder, partial(open_ecr, aws), engine, place.file),
+            versions=Versions(objects=objects, publish=publish, clock=clock),
+            gpus=gpus,
+            metrics=metrics,
+        )
         await fleet.begin()
         maps = fleet.maps
         await gpus.wait_for(found.map.needs for found in maps.values())
@@ -95,7 +91,7 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
             publish=publish,
             maps=maps,
             runner=runner,
-            archives=archives,
+            targets=targets,
             clock=clock,
             # A held message stays hidden for half of its visibility timeout at least: the claim of a worker that was
             # killed ends first.
@@ -118,19 +114,6 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
             await runner.stop()
     if runner.unfit is not None:
         raise runner.unfit
-
-
-def bounds_of(settings: InferenceSettings, gpus: tuple[str, ...] = ()) -> Bounds:
-    """Return what every MAP of this worker may use."""
-    return Bounds(
-        deadline_s=settings.deadline_s,
-        start_deadline_s=settings.start_deadline_s,
-        recycle_after=settings.recycle_after,
-        growth_bytes=settings.map_growth_bytes,
-        memory_bytes=settings.map_memory_bytes,
-        processes=settings.map_processes,
-        gpus=gpus,
-    )
 
 
 def in_turn(handle_request: Callable[[InferenceRequested], Awaitable[None]], stop: asyncio.Event) -> Handler:
@@ -168,55 +151,11 @@ async def kept_current(
             await keeping
 
 
-@asynccontextmanager
-async def open_archives(settings: InferenceSettings, aws: Aws, objects: ObjectStore) -> AsyncIterator[Archives]:
-    """Open the archives that the settings name.
-
-    Raises:
-        Misconfigured: the one that takes results by default is not named, or the data store does not answer.
-    """
-    default = settings.push_to or ("dicomweb" if settings.dicomweb_url else "healthimaging")
-    async with aiohttp.ClientSession() as session:
-        by_target: dict[Target, Archive] = {"s3": S3Only()}
-        if settings.dicomweb_url:
-            web = DicomWeb(settings.dicomweb_url, session=session, auth=_dicomweb_auth(settings))
-            by_target["dicomweb"] = DicomWebArchive(web)
-        if settings.datastore_id:
-            await _datastore_answers(settings, aws)
-            url = base_url(endpoint_url=aws.endpoint_url, region=aws.region, datastore_id=settings.datastore_id)
-            web = DicomWeb(url, session=session, auth=SigV4(aws.credentials, aws.region))
-            place = aws.medical_imaging, settings.datastore_id
-            by_target["healthimaging"] = HealthImaging(web, *place)
-            if settings.import_role_arn:
-                imports = ImportJobs(web, *place, objects=objects, role_arn=settings.import_role_arn)
-                by_target["healthimaging-import"] = imports
-        if default not in by_target:
-            raise Misconfigured(f"{NEEDED[default]}: not set. {default} takes the results, as RADQUEUE_PUSH_TO has it.")
-        yield Archives(by_target, default, originals=settings.push_originals)
-
-
-def _dicomweb_auth(settings: InferenceSettings) -> Auth | None:
-    if token := settings.dicomweb_token.get_secret_value():
-        return Bearer(token)
-    password = settings.dicomweb_password.get_secret_value()
-    return Basic(settings.dicomweb_username, password) if settings.dicomweb_username else None
-
-
 def open_ecr(aws: Aws, region: str) -> AbstractAsyncContextManager[Any]:
     """Open a client of ECR, which is only asked once in a while."""
     create: Any = aws.session.create_client  # its overloads list every service by name
     opened: AbstractAsyncContextManager[Any] = create("ecr", region_name=region)
     return opened
-
-
-async def _datastore_answers(settings: InferenceSettings, aws: Aws) -> None:
-    try:
-        await aws.medical_imaging.get_datastore(datastoreId=settings.datastore_id)
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        raise Misconfigured(f"RADQUEUE_DATASTORE_ID: HealthImaging answers {code} for this data store.") from None
-    except BotoCoreError as error:
-        raise Misconfigured(f"RADQUEUE_DATASTORE_ID: HealthImaging fails with {type(error).__name__}.") from None
 
 
 if __name__ == "__main__":

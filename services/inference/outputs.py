@@ -87,7 +87,7 @@ def check(
     modality there must be; where it is empty, any file will do, and without it at least one instance must be there.
 
     Raises:
-        OutputRefused: there are too few, or one of them is not what the archive takes.
+        OutputRefused: there are too few, or one of them is not what its target takes.
     """
     paths = [path for path in files(output) if claims_dicom(path)]
     if not paths and (least != {} or not files(output)):

@@ -17,23 +17,16 @@ from typing import Any, Literal
 
 from services.inference import outputs
 from services.inference.outputs import OutputRefused
-from services.inference.package.engine import EngineFailed, Mount, run
+from services.inference.package.engine import EngineFailed, run
 from services.inference.package.manifests import RESOURCES
 from services.inference.package.maps import Map
 from services.inference.package.requirements import compare
 from services.inference.reasons import explained, several
-from services.inference.serving import gpus
+from services.inference.serving import gpus, hostfiles
+from services.inference.serving.bounds import bounds_of
 from services.inference.serving.probe import STEPS
-from services.inference.serving.runner import (
-    CONTAINER_ROOT,
-    HOST_FILES,
-    ROOT,
-    Bounds,
-    MapRunner,
-    Run,
-    Serving,
-    Study,
-)
+from services.inference.serving.runner import Bounds, MapRunner, Run, Serving, Study
+from services.inference.settings import InferenceSettings
 from shared.child import ChildFailed
 from shared.errors import Unavailable
 
@@ -62,12 +55,39 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """How a MAP is run here: as the worker with these settings would, by these words of the routing table."""
+
+    settings: InferenceSettings
+    isolation: Literal["warm", "process"] = "warm"
+    deadline_s: float | None = None
+
+    @property
+    def serving(self) -> Serving:
+        """What the runner is told of the MAP."""
+        return Serving(isolation=self.isolation, deadline_s=self.deadline_s)
+
+    @property
+    def bounds(self) -> Bounds:
+        """What the MAP may use."""
+        return bounds_of(self.settings)
+
+
+@dataclass(frozen=True, slots=True)
 class Tried:
     """What came of a study."""
 
     run: Run
     files: tuple[Path, ...] = ()
     """What was written, relative to the output folder."""
+
+
+def examine(found: Map, *, way: Way, say: Callable[[str], None]) -> list[Finding]:
+    """Return what is known of a MAP before it is run on a study: its manifests, its GPUs, and what it imports."""
+    devices = gpus.installed()
+    findings = [*check_manifests(found, deadline_s=way.deadline_s), *check_gpu(found, devices)]
+    say("importing it")
+    return findings + probe(found, gpu=bool(devices and found.needs.gpu), warm=way.isolation == "warm")
 
 
 def check_manifests(found: Map, *, deadline_s: float | None = None) -> Iterator[Finding]:
@@ -161,16 +181,14 @@ def probe(found: Map, *, gpu: bool = False, warm: bool = True) -> list[Finding]:
     return findings
 
 
-async def try_study(
-    found: Map, source: Path, output: Path, *, serving: Serving, bounds: Bounds, log: Path | None = None
-) -> Tried:
+async def try_study(found: Map, source: Path, output: Path, *, way: Way, log: Path | None = None) -> Tried:
     """Run the MAP once on the files of `source`, as the worker does; `output`, a folder, gets what it writes.
 
     Raises:
         ChildFailed: the MAP cannot be imported.
         Unavailable: it cannot be run here.
     """
-    runner = MapRunner([found], serving={found.name: serving}, bounds=bounds)
+    runner = MapRunner([found], serving={found.name: way.serving}, bounds=way.bounds)
     with tempfile.TemporaryDirectory(prefix="study-") as folder:
         study = Study.make(Path(folder, "study"))
         await asyncio.to_thread(_lay, source, study.input)
@@ -191,8 +209,7 @@ async def check_study(
     found: Map,
     source: Path,
     *,
-    serving: Serving,
-    bounds: Bounds,
+    way: Way,
     least: Mapping[str, int] | None = None,
     log: Path | None = None,
 ) -> list[Finding]:
@@ -200,7 +217,7 @@ async def check_study(
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         output = Path(folder, "output")
         try:
-            tried = await try_study(found, source, output, serving=serving, bounds=bounds, log=log)
+            tried = await try_study(found, source, output, way=way, log=log)
         except ChildFailed as failed:
             remedy = (
                 "Mend the import of the application at that place, or install what it needs. A program that does its "
@@ -212,7 +229,7 @@ async def check_study(
         done = tried.run
         if done.outcome != "ran":
             what, remedy = NO_SERIES if done.outcome == "no_matching_series" else explained(done.outcome)
-            deadline_s = serving.deadline_s or found.needs.timeout_s or bounds.deadline_s
+            deadline_s = way.deadline_s or found.needs.timeout_s or way.bounds.deadline_s
             where = f"{deadline_s:g} s" if done.outcome == "deadline" else done.where
             return [Finding("study", "error", at(what, done.error_type, where), remedy + _how_to_log(log))]
         resident = f", {_size(done.rss_bytes)} resident" if done.rss_bytes else ""
@@ -271,15 +288,14 @@ def _answers(found: Map, work: Path, *, gpu: bool, steps: Sequence[str]) -> tupl
     asked = [found.application, found.models or "", *steps]
     name = f"radqueue-{uuid.uuid4().hex}"
     if found.image is None:
-        argv = [found.python, "-c", START, str(ROOT), *asked]
+        argv = [found.python, "-c", START, str(hostfiles.lay_out(work / "host", PROBE)), *asked]
         environment: Mapping[str, str] = found.own_environment
     else:
-        mounts = [Mount(ROOT / file, f"{CONTAINER_ROOT}/{file}") for file in (*HOST_FILES, PROBE)]
         argv = found.image.engine.run_command(
             found.image.id,
-            [found.python, "-c", START, CONTAINER_ROOT, *asked],
+            [found.python, "-c", START, hostfiles.CONTAINER_ROOT, *asked],
             name=name,
-            mounts=mounts,
+            mounts=hostfiles.mounts(PROBE),
             environment=found.own_environment,
             needs=found.needs,
             gpus=("all",) if gpu else (),

@@ -40,7 +40,7 @@ REASONS = {
         "the attributes named are not those of the study",
         "Copy them exactly: HealthImaging keeps such an instance as non-primary, and no DICOMweb search shows it.",
     ),
-    # Of the archive.
+    # Of the target.
     "push_rejected": (
         "the archive refused the instances, for the attributes or the DICOM failure reasons named",
         "Mend what the application writes there; the archive's own log says more.",

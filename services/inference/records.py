@@ -57,7 +57,7 @@ class Outputs(Frozen):
 
 
 class Result(Frozen, CompletedInference):
-    """`result.json`: the archive has the instances, or no series matched."""
+    """`result.json`: the target has the instances, or no series matched."""
 
     attempt: str
     time: AwareDatetime

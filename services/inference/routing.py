@@ -42,8 +42,8 @@ N_INSTANCES = "n_instances"
 """How many instances the series has; with the fields of its geometry, the conditions that are no DICOM keywords."""
 GEOMETRY = frozenset(f"geometry.{name}" for name in Geometry.model_fields if name != "normal")
 
-Target = Literal["healthimaging", "healthimaging-import", "dicomweb", "s3"]
-"""Where results go: HealthImaging by STOW-RS or by an import job, another archive by STOW-RS, or nowhere but S3."""
+TargetName = Literal["healthimaging", "healthimaging-import", "dicomweb", "s3"]
+"""Where results go: HealthImaging by STOW-RS or by an import job, a PACS by STOW-RS, or nowhere but S3."""
 Scalar = str | int | float
 Value = Scalar | list[str] | list[float] | None
 
@@ -122,7 +122,7 @@ class Route(_Strict):
     """Least number of instances by Modality. Empty: any file will do; None: at least one instance of any kind."""
     when: dict[Annotated[str, AfterValidator(_known)], Condition] = Field(min_length=1)
     level: Literal["series", "study"] = "series"
-    push: Target | None = None
+    push: TargetName | None = None
     originals: bool | None = None
     golden: str | None = None
 
@@ -173,7 +173,7 @@ EXPECTED = {
     "outputs": "the least number of instances by Modality, such as {SEG: 1}",
     "when": "at least one condition, such as {Modality: CT}",
     "level": "series or study",
-    "push": ", ".join(get_args(Target)),
+    "push": ", ".join(get_args(TargetName)),
     "originals": "true or false",
     "golden": "a folder, or s3://bucket/prefix/",
 }

@@ -1,11 +1,11 @@
 """The settings of the inference worker, each read once from the environment."""
 
 import shlex
-from pathlib import Path
+from importlib.resources import files
 
 from pydantic import Field, SecretStr
 
-from services.inference.routing import Target
+from services.inference.routing import TargetName
 from shared.config import ServiceSettings
 
 
@@ -14,7 +14,7 @@ class InferenceSettings(ServiceSettings):
 
     slots: int = Field(default=3, ge=1, le=100)
     """Messages handled at the same time; one computes, the others download and push."""
-    maps_file: str = str(Path(__file__).parents[2] / "maps" / "maps.yaml")
+    maps_file: str = str(files("maps") / "maps.yaml")
     """The routing table: which MAP runs on which series. A file, or s3://bucket/key; read again when it changes."""
     maps_look_s: float = Field(default=5, gt=0)
     """Seconds between two looks at the routing table."""
@@ -24,7 +24,7 @@ class InferenceSettings(ServiceSettings):
     """Seconds without news of a study after which MAPs that read a study as a whole get it."""
     study_max_settle_s: float = Field(default=3600, gt=0)
     """Seconds after which a study that still grows is taken as it is, at most once in that time."""
-    push_to: Target | None = None
+    push_to: TargetName | None = None
     """Where results go: healthimaging, healthimaging-import, dicomweb or s3. Unset: dicomweb where it has a URL, else
     healthimaging."""
     push_originals: bool = False
@@ -34,13 +34,13 @@ class InferenceSettings(ServiceSettings):
     import_role_arn: str = ""
     """The role with which HealthImaging's import jobs read and write `imports/*` of the bucket."""
     dicomweb_url: str | None = None
-    """Another archive that takes the results: what `/studies` is appended to."""
+    """A PACS that takes the results: what `/studies` is appended to."""
     dicomweb_username: str = ""
-    """Who we are to that archive (HTTP basic authentication); empty is nobody."""
+    """Who we are to that PACS (HTTP basic authentication); empty is nobody."""
     dicomweb_password: SecretStr = SecretStr("")
     """The password for it."""
     dicomweb_token: SecretStr = SecretStr("")
-    """A token for that archive instead (HTTP bearer authentication)."""
+    """A token for that PACS instead (HTTP bearer authentication)."""
     deadline_s: float = Field(default=600, gt=0)
     """Wall seconds that a MAP gets for one study; then it is killed. A MAP's own timeout goes before it, and
     `deadline_s` of its route before both."""

@@ -45,7 +45,9 @@ async def expect_settling(
     now = clock()
     told = SettlingStudy(study_uid=study_uid, bucket=bucket_of(now, quiet.quiet_s), first_seen=now)
     delay = delay_s(quiet.quiet_s, quiet.quiet_s)
-    await send_once(objects, _markers(study_uid) + told.bucket, lambda: _look_later(told, now, delay, publish))
+    await send_once(
+        _markers(study_uid) + told.bucket, lambda: _look_later(told, now, delay, publish=publish), objects=objects
+    )
 
 
 async def settle(
@@ -72,23 +74,23 @@ async def settle(
     listing = _Listing.of([item async for item in objects.list(f"studies/{study.study_uid}/")])
     if not listing.revisions:
         raise Unprocessable("study_gone")
-    decided = await _decided(study.study_uid, objects)
+    decided = await _decided(study.study_uid, objects=objects)
 
     # Check.
     since = min((time for time in listing.settled if decided is None or time > decided), default=study.first_seen)
     overdue = since + timedelta(seconds=quiet.max_settle_s)
-    if not await is_responsible(objects, _markers(study.study_uid), study.bucket, overdue):
+    if not await is_responsible(_markers(study.study_uid), study.bucket, overdue, objects=objects):
         log.info("study.left_to_newer", study=study.study_uid)
         return
     wait_s = quiet.quiet_s + LAST_MODIFIED_S - (now - max(listing.changed)).total_seconds()
     if now < overdue and (wait_s > 0 or listing.unsettled):
-        await _look_later(study, now, delay_s(wait_s, quiet.quiet_s), publish)
+        await _look_later(study, now, delay_s(wait_s, quiet.quiet_s), publish=publish)
         log.info("study.unsettled", study=study.study_uid, series=len(listing.revisions))
         return
 
     # Choose.
-    revisions = [await _newest(keys, objects) for keys in listing.revisions.values()]
-    routing = await store_once(objects, *_routed(study.study_uid, revisions, maps))
+    revisions = [await _newest(keys, objects=objects) for keys in listing.revisions.values()]
+    routing = await store_once(*_routed(study.study_uid, revisions, maps), objects=objects)
 
     # Ask.
     for task in routing.tasks:
@@ -96,11 +98,11 @@ async def settle(
     log.info("study.settled", study=study.study_uid, series=len(routing.series), maps=len(routing.tasks))
 
 
-async def is_superseded(task: InferenceTask, objects: ObjectStore) -> bool:
+async def is_superseded(task: InferenceTask, *, objects: ObjectStore) -> bool:
     """Tell whether the MAP was given a newer state of the study since; its own request makes this one needless."""
     found = [
         (routing.time, asked.inputs)
-        for routing in await _routings(task.inputs[0].study_uid, objects)
+        for routing in await _routings(task.inputs[0].study_uid, objects=objects)
         for asked in routing.tasks
         if asked.map == task.map
     ]
@@ -165,24 +167,24 @@ def ref_of(revision: Revision) -> SeriesRef:
     )
 
 
-async def _newest(keys: Iterable[str], objects: ObjectStore) -> Revision:
+async def _newest(keys: Iterable[str], *, objects: ObjectStore) -> Revision:
     revisions = [Revision.parse(await objects.get(key)) for key in keys]
     return max(revisions, key=lambda revision: (revision.created, revision.digest))
 
 
-async def _routings(study_uid: str, objects: ObjectStore) -> list[StudyRouting]:
+async def _routings(study_uid: str, *, objects: ObjectStore) -> list[StudyRouting]:
     keys = [item.key async for item in objects.list(study_prefix(study_uid)) if item.key.endswith("/routing.json")]
-    found = [await stored(objects, key, StudyRouting) for key in keys]
+    found = [await stored(key, StudyRouting, objects=objects) for key in keys]
     return [routing for routing in found if routing is not None]
 
 
-async def _decided(study_uid: str, objects: ObjectStore) -> datetime | None:
+async def _decided(study_uid: str, *, objects: ObjectStore) -> datetime | None:
     """Return when the newest record was stored."""
     listing = [item async for item in objects.list(study_prefix(study_uid))]
     return max((item.last_modified for item in listing if item.key.endswith("/routing.json")), default=None)
 
 
-async def _look_later(study: SettlingStudy, now: datetime, delay_s: int, publish: Publish) -> None:
+async def _look_later(study: SettlingStudy, now: datetime, delay_s: int, *, publish: Publish) -> None:
     due = now + timedelta(seconds=delay_s)
     await publish(StudySettling.of(study.study_uid, study, time=due), delay_s=delay_s)
 

@@ -36,7 +36,7 @@ class Header:
     rows: int
     columns: int
     samples: int | None
-    """None where the header does not tell it in its first bits."""
+    """The number of samples per pixel; None if the first bits of the header do not say it."""
     precision: int
     lossy: bool
     """Whether decoding gives other values than were coded; a JPEG XL may be of either kind, and counts as lossy."""
@@ -148,7 +148,7 @@ class _Bits:
 
 
 JXL_HEADER_BYTES = 64
-"""More than size and depth can take."""
+"""More bytes than size and depth can take."""
 JXL_RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
 """Columns to rows (ISO 18181-1 table D.2)."""
 JXL_SIZES = ((1, 9), (1, 13), (1, 18), (1, 30))

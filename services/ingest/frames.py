@@ -64,16 +64,16 @@ class Codec:
     """How frames of one transfer syntax are read."""
 
     name: str
-    """Of the transfer syntax."""
+    """The name of the transfer syntax."""
     decoder: str
-    """What reads it."""
+    """The library that decodes it."""
     decode: Callable[[bytes, Expected], Samples]
     header: Callable[[bytes], Header] | None = None
     """Reads the size; None where the bytes have none, and their number is bounded by what the data set says."""
     method: str = ""
     """LossyImageCompressionMethod (PS3.3 C.7.6.1.1.5.1)."""
     starts: tuple[bytes, ...] = ()
-    """Its first bytes; none where they are no mark."""
+    """The bytes that a frame begins with; empty if its first bytes say nothing."""
     bare: Callable[[bytes], bytes] = bytes
     """Takes the codestream out of what should not be around it."""
 
@@ -290,7 +290,7 @@ CODECS = {
     "1.2.840.10008.1.2.4.202": _jpeg_2000_codec("HTJ2K Lossless, RPCL", method="ISO_15444_15"),
     "1.2.840.10008.1.2.4.203": _jpeg_2000_codec("HTJ2K", method="ISO_15444_15"),
 }
-"""By transfer syntax."""
+"""The codec of each transfer syntax, by its UID."""
 LOSSLESS = {"1.2.840.10008.1.2.4.110"}
 """JPEG XL does not tell in its first bits whether it is."""
 BECOMES_RGB = {uid for uid, codec in CODECS.items() if codec.decode is _jpeg} | {"1.2.840.10008.1.2.4.111"}

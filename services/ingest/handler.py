@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.ingest.answers import Instance, Member
 from services.ingest.decoder import Rejected
 from services.ingest.ports import Ports
+from services.ingest.protocol import Instance, Member
 from services.ingest.stable_series import expect_settling, settle
 from shared.concurrency import all_of, temporary_folder
 from shared.dicom import COMPLETE, instance_key, series_prefix, stored_instance
@@ -44,7 +44,7 @@ async def handle_uploads(event: ObjectsCreated, *, ports: Ports) -> None:
         Unprocessable: a code of `reasons.DEAD_LETTERS`; the other objects of the notification are taken nevertheless.
         Unavailable: S3 or SQS does not answer.
     """
-    await _one_by_one([partial(_take_upload, created, ports) for created in event.objects])
+    await _one_by_one([partial(_take_upload, created, ports=ports) for created in event.objects])
 
 
 async def _one_by_one(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
@@ -59,7 +59,7 @@ async def _one_by_one(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
         raise refused[0]
 
 
-async def _take_upload(created: CreatedObject, ports: Ports) -> None:
+async def _take_upload(created: CreatedObject, *, ports: Ports) -> None:
     # Where it belongs.
     if created.bucket != ports.objects.bucket:
         raise Unprocessable("other_bucket")
@@ -70,18 +70,18 @@ async def _take_upload(created: CreatedObject, ports: Ports) -> None:
         return
     folder, _, name = created.key.rpartition("/")
     if name == COMPLETE:
-        await _take_folder(created, folder, ports)
+        await _take_folder(created, folder, ports=ports)
         return
 
     # Check and store.
-    stored, is_closed = await _take_object(created, ports)
+    stored, is_closed = await _take_object(created, ports=ports)
     ports.lag.note(ports.clock(), created.time)
 
     # Announce. An archive is a closed set; anything else waits for what may still come.
-    await _announce(stored, settle if is_closed else expect_settling, rest, ports)
+    await _announce(stored, settle if is_closed else expect_settling, rest, ports=ports)
 
 
-async def _take_folder(marker: CreatedObject, folder: str, ports: Ports) -> None:
+async def _take_folder(marker: CreatedObject, folder: str, *, ports: Ports) -> None:
     """Take all that lies below a folder as one closed set, as if it were an archive: `_COMPLETE` says that it is.
 
     What was taken before is found stored, and what still waits in the queue is taken now: no part of a series is
@@ -99,24 +99,24 @@ async def _take_folder(marker: CreatedObject, folder: str, ports: Ports) -> None
 
     async def take(created: CreatedObject) -> list[Instance | None]:
         try:
-            return (await _take_object(created, ports))[0]
+            return (await _take_object(created, ports=ports))[0]
         except Unprocessable:  # deleted since it was listed
             return []
 
     taken = await all_of(
         [partial(take, created) for created in objects], at_once=FILES_PER_DECODER * ports.settings.decoders
     )
-    await _announce([instance for stored in taken for instance in stored], settle, f"{dataset}/", ports)
+    await _announce([instance for stored in taken for instance in stored], settle, f"{dataset}/", ports=ports)
     log.info("folder.complete", dataset=dataset, objects=len(objects))
 
 
-async def _announce(stored: Sequence[Instance | None], announce: Announce, rest: str, ports: Ports) -> None:
+async def _announce(stored: Sequence[Instance | None], announce: Announce, rest: str, *, ports: Ports) -> None:
     dataset = _dataset_of(rest) or DEFAULT_DATASET
     series = sorted({(item.study_uid, item.series_uid) for item in stored if item is not None})
     await _one_by_one([partial(announce, dataset, *uids, ports=ports) for uids in series])
 
 
-async def _take_object(created: CreatedObject, ports: Ports) -> tuple[list[Instance | None], bool]:
+async def _take_object(created: CreatedObject, *, ports: Ports) -> tuple[list[Instance | None], bool]:
     """Store the instances of one object; return them, and whether the object is a closed set.
 
     Raises:
@@ -130,7 +130,7 @@ async def _take_object(created: CreatedObject, ports: Ports) -> tuple[list[Insta
     dataset = _dataset_of(created.key.partition("/")[2])
 
     if size > ports.settings.max_upload_bytes:
-        await _reject(created, dataset or DEFAULT_DATASET, Rejected("too_large"), None, ports)
+        await _reject(created, dataset or DEFAULT_DATASET, Rejected("too_large"), None, ports=ports)
         return [], False
 
     async with temporary_folder("radqueue-ingest-") as folder:
@@ -141,17 +141,17 @@ async def _take_object(created: CreatedObject, ports: Ports) -> tuple[list[Insta
 
         # Check and store.
         if dataset is None:
-            await _reject(created, DEFAULT_DATASET, Rejected("bad_dataset_name"), upload, ports)
+            await _reject(created, DEFAULT_DATASET, Rejected("bad_dataset_name"), upload, ports=ports)
             return [], False
         (folder / "members").mkdir()
         try:
             members = await ports.decoder.unpack(upload, folder / "members")
         except Rejected as rejected:
-            await _reject(created, dataset, rejected, upload, ports)
+            await _reject(created, dataset, rejected, upload, ports=ports)
             return [], False
         if members is None:
-            return [await _take_file(created, dataset, upload, ports)], False
-        return await _take_members(created, dataset, upload, members, ports), True
+            return [await _take_file(created, dataset, upload, ports=ports)], False
+        return await _take_members(created, dataset, upload, members, ports=ports), True
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def _dataset_of(rest: str) -> str | None:
 
 
 async def _take_members(
-    created: CreatedObject, dataset: str, upload: Path, members: Sequence[Member], ports: Ports
+    created: CreatedObject, dataset: str, upload: Path, members: Sequence[Member], *, ports: Ports
 ) -> list[Instance | None]:
     """Take the files of an archive, several at a time."""
     unpacked = [Path(member.path) for member in members if member.path is not None]
@@ -182,25 +182,25 @@ async def _take_members(
     if withheld:  # there are no bytes of theirs to keep: the archive itself goes into quarantine
         named = [f"#{member.number}:{member.reason_code}" for member in withheld]
         place = " ".join(named[:MOST_NAMED] + ["…"] * (len(named) > MOST_NAMED))
-        await _reject(created, dataset, Rejected(withheld[0].reason_code or "", place), upload, ports)
+        await _reject(created, dataset, Rejected(withheld[0].reason_code or "", place), upload, ports=ports)
     elif not unpacked:
-        await _reject(created, dataset, Rejected("not_dicom"), upload, ports)
-    calls = [partial(_take_file, created, dataset, path, ports, member=f"#{path.name}") for path in unpacked]
+        await _reject(created, dataset, Rejected("not_dicom"), upload, ports=ports)
+    calls = [partial(_take_file, created, dataset, path, ports=ports, member=f"#{path.name}") for path in unpacked]
     return await all_of(calls, at_once=FILES_PER_DECODER * ports.settings.decoders)
 
 
 async def _take_file(
-    created: CreatedObject, dataset: str, path: Path, ports: Ports, *, member: str = ""
+    created: CreatedObject, dataset: str, path: Path, *, ports: Ports, member: str = ""
 ) -> Instance | None:
     """Store one DICOM file, or put it into quarantine and return None; of an archive it is that `member`."""
     normalised = path.with_name(path.name + ".dcm")
     try:
         rules = ports.datasets.of(dataset).deidentify
         instance = await ports.decoder.normalise(path, normalised, rules if rules and rules.studies else None)
-        await _store(instance, normalised, ports)
+        await _store(instance, normalised, ports=ports)
     except Rejected as rejected:
         place = " ".join(filter(None, (member, rejected.place)))
-        await _reject(created, dataset, Rejected(rejected.reason_code, place), path, ports)
+        await _reject(created, dataset, Rejected(rejected.reason_code, place), path, ports=ports)
         return None
     finally:
         normalised.unlink(missing_ok=True)
@@ -214,7 +214,7 @@ async def _take_file(
     return instance
 
 
-async def _store(instance: Instance, path: Path, ports: Ports) -> None:
+async def _store(instance: Instance, path: Path, *, ports: Ports) -> None:
     uid = instance.sop_instance_uid
     key = instance_key(instance.study_uid, instance.series_uid, uid, instance.sha)
     prefix = f"{series_prefix(instance.study_uid, instance.series_uid)}{uid}."
@@ -228,7 +228,7 @@ async def _store(instance: Instance, path: Path, ports: Ports) -> None:
         await ports.objects.upload(path, key)
 
 
-async def _reject(created: CreatedObject, dataset: str, rejected: Rejected, path: Path | None, ports: Ports) -> None:
+async def _reject(created: CreatedObject, dataset: str, rejected: Rejected, path: Path | None, *, ports: Ports) -> None:
     """Put a refused file into quarantine and tell it; without `path` it is too large to move and stays where it is."""
     key_sha256 = sha256_of(created.key)
     if path is None:

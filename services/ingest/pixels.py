@@ -22,7 +22,7 @@ class Rule:
 
     name: str
     applies: Callable[[Dataset], bool]
-    """Whether it does, to the item that is asked."""
+    """Tells whether the rule applies to the item that is asked."""
     values: Callable[[Stored, Dataset], Values]
 
 
@@ -87,4 +87,4 @@ RULES = (
         _by_line,
     ),
 )
-"""In order; a source is the functional group of the frame, that of all frames, or the instance."""
+"""The rules, the first first; a source is the functional group of the frame, that of all frames, or the instance."""

@@ -50,8 +50,8 @@ class Ports:
     datasets: Datasets = field(default_factory=Datasets)
     lag: Lag = field(default_factory=Lag)
     settling: KeyedLocks = field(default_factory=KeyedLocks)
-    """Of series: two settlings of one series in this process wait for each other."""
+    """Locks by series: two attempts in this process to complete one series wait for each other."""
     storing: KeyedLocks = field(default_factory=KeyedLocks)
-    """Of SOPInstanceUIDs: of two data sets under one that come at the same moment, the first one stays."""
+    """Locks by SOPInstanceUID: if two data sets come under one UID at the same moment, the first one stays."""
     markers: KeyedLocks = field(default_factory=KeyedLocks)
-    """Of the settling markers: instances of one series that come at the same moment send one message."""
+    """Locks by marker: instances of one series that come at the same moment send one message."""

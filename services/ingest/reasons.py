@@ -2,7 +2,7 @@
 
 REASONS = {
     # Of the object.
-    "bad_dataset_name": "The folder under incoming/ is no dataset name. Use letters, digits, '_', '.' and '-'.",
+    "bad_dataset_name": "The folder under incoming/ is not a dataset name. Use letters, digits, '_', '.' and '-'.",
     "not_dicom": "Neither a DICOM file nor a zip or a tar. Upload the file that the scanner or the PACS wrote.",
     "too_large": "Reading it takes more than the limits allow. Raise RADQUEUE_MAX_* if the file is legitimate.",
     "deadline": "Reading it took longer than allowed. Raise RADQUEUE_DECODE_DEADLINE_S if the file is legitimate.",
@@ -22,7 +22,7 @@ REASONS = {
     "dicomdir": "A DICOMDIR only lists other files. Upload those, or an archive of all.",
     "missing_uid": "StudyInstanceUID, SeriesInstanceUID or SOPInstanceUID is missing. Export it again, with UIDs.",
     "invalid_uid": "One of these UIDs is not made of digits and dots, or is longer than 64. Give it valid UIDs.",
-    "missing_sop_class": "No SOPClassUID, and neither the file meta group nor the modality tells it. Add it.",
+    "missing_sop_class": "No SOPClassUID, and neither the file meta group nor the modality gives it. Add it.",
     "unsupported_transfer_syntax": "This transfer syntax is not read (video, for instance). Export it in another one.",
     "bad_image_header": "Rows, Columns, BitsAllocated and their like are missing or contradictory. Export it again.",
     "missing_pixel_data": "An image without pixels. Export it again, or upload the original.",
@@ -66,11 +66,11 @@ WARNINGS = {
     "image_header_completed": "Parts of the image's header were missing: grey, unsigned, all bits in use was assumed.",
     "high_bit_corrected": "HighBit contradicted BitsStored or the values; the values begin at the lowest bit now.",
     "bits_stored_corrected": "The pixel values take more bits than BitsStored said.",
-    "excess_pixel_data": "Bytes behind the pixel data that the header tells of were dropped.",
+    "excess_pixel_data": "Bytes after the pixel data that the header describes were dropped.",
     "icon_removed": "A compressed icon was removed with the compression of the image.",
     # Of a series.
     "conflicting_instances": "Two workers stored data sets with one SOPInstanceUID at one moment; the older is used.",
-    "gantry_tilt": "A tilted gantry sheared the slices against their normal: a stack of them is no upright volume.",
+    "gantry_tilt": "A tilted gantry sheared the slices against their normal: a stack of them is not an upright volume.",
     "tilt_tag_mismatch": "GantryDetectorTilt says another angle than the positions.",
     "sheared": "The slices are shifted along their rows.",
     "uneven_spacing": "The slices are not evenly spaced.",
@@ -89,6 +89,6 @@ WARNINGS = {
     "blank_left_out": "Slices that show nothing are not in the training array.",
     "burned_in_left_out": "Pictures that may show who the patient is are not in the training array.",
     "array_failed": "The training array could not be made within the limits.",
-    "array_values_invalid": "Values that are no finite numbers were replaced in the training array.",
+    "array_values_invalid": "Values that are not finite numbers were replaced in the training array.",
 }
 """What was noticed and did not prevent the work."""

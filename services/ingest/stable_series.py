@@ -8,16 +8,15 @@ What a series waits for is read from its listing alone: the instances that are n
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from services.ingest.arrays import ArrayConfig
 from services.ingest.datasets import DatasetRules
 from services.ingest.deidentification import Option, keyed_hash, keyed_uid
 from services.ingest.ports import Ports
+from services.ingest.protocol import ArrayConfig, Assemble, Describe, Described, Measure
 from services.ingest.windows import window_key, window_of
 from shared.child import ChildFailed
 from shared.concurrency import all_of, temporary_folder
@@ -33,7 +32,7 @@ from shared.dicom import (
 from shared.errors import Unavailable, Unprocessable
 from shared.idempotency import once
 from shared.log import get_logger
-from shared.messages import Geometry, ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
+from shared.messages import ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
 from shared.objects import ObjectMissing, ObjectSummary
 from shared.queue import receive_count
 from shared.stability import LAST_MODIFIED_S, bucket_of, delay_s, is_responsible, send_once
@@ -68,7 +67,9 @@ async def expect_settling(dataset: str, study_uid: str, series_uid: str, *, port
     told = SettlingSeries(dataset=dataset, study_uid=study_uid, series_uid=series_uid, bucket=bucket, first_seen=now)
     marker = _markers(told) + bucket
     async with ports.markers(marker):
-        await send_once(ports.objects, marker, lambda: _look_later(told, now, delay_s(quiet_s, quiet_s), ports))
+        await send_once(
+            marker, lambda: _look_later(told, now, delay_s(quiet_s, quiet_s), ports=ports), objects=ports.objects
+        )
 
 
 def _markers(series: SettlingSeries) -> str:
@@ -89,10 +90,10 @@ async def handle_settling(event: SeriesSettling, *, ports: Ports) -> None:
     """
     arrived = ports.clock()
     async with ports.settling(event.data.series_uid):
-        await _look(event, arrived, ports)
+        await _look(event, arrived, ports=ports)
 
 
-async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
+async def _look(event: SeriesSettling, arrived: datetime, *, ports: Ports) -> None:
     series, settings, now = event.data, ports.settings, ports.clock()
 
     # Fetch.
@@ -106,7 +107,7 @@ async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
     overdue = since + timedelta(seconds=settings.max_settle_s)
 
     # Check.
-    if not await is_responsible(ports.objects, _markers(series), series.bucket, overdue):
+    if not await is_responsible(_markers(series), series.bucket, overdue, objects=ports.objects):
         log.info("series.left_to_newer", series=series.series_uid, instances=len(stored))
         return
     age_s = (now - max(stored)).total_seconds() - LAST_MODIFIED_S
@@ -117,15 +118,15 @@ async def _look(event: SeriesSettling, arrived: datetime, ports: Ports) -> None:
     backlog = receive_count() == 1 and late_s > max(settings.quiet_s, BACKLOG_S)
     if now < overdue and (age_s < quiet_s or backlog):
         wait_s = settings.quiet_s if backlog else quiet_s - age_s
-        await _look_later(series, now, delay_s(wait_s, settings.quiet_s), ports)
+        await _look_later(series, now, delay_s(wait_s, settings.quiet_s), ports=ports)
         log.info("series.unsettled", series=series.series_uid, instances=len(stored), backlog=backlog)
         return
 
     # Compute, store and announce.
-    await _settle(series.dataset, (series.study_uid, series.series_uid), (now, listing), ports)
+    await _settle(series.dataset, (series.study_uid, series.series_uid), (now, listing), ports=ports)
 
 
-async def _look_later(series: SettlingSeries, now: datetime, delay_s: int, ports: Ports) -> None:
+async def _look_later(series: SettlingSeries, now: datetime, delay_s: int, *, ports: Ports) -> None:
     due = now + timedelta(seconds=delay_s)
     await ports.publish(SeriesSettling.of(series.series_uid, series, time=due), delay_s=delay_s)
 
@@ -142,11 +143,11 @@ async def settle(dataset: str, study_uid: str, series_uid: str, *, ports: Ports)
     async with ports.settling(series_uid):
         listed = ports.clock()
         listing = [item async for item in ports.objects.list(series_prefix(study_uid, series_uid))]
-        await _settle(dataset, (study_uid, series_uid), (listed, listing), ports)
+        await _settle(dataset, (study_uid, series_uid), (listed, listing), ports=ports)
 
 
 async def _settle(
-    dataset: str, uids: tuple[str, str], seen: tuple[datetime, Sequence[ObjectSummary]], ports: Ports
+    dataset: str, uids: tuple[str, str], seen: tuple[datetime, Sequence[ObjectSummary]], *, ports: Ports
 ) -> None:
     """Settle a series as a listing has it. Whoever lists later may be done earlier, and is newer nevertheless."""
     study_uid, series_uid = uids
@@ -159,10 +160,10 @@ async def _settle(
     # Compute and store, one worker at a time: of two revisions the later one names the earlier one.
     series = Series(dataset, study_uid, series_uid, tuple(instances), digest, listed)
     revision = await once(
-        ports.objects,
         revision_key(study_uid, series_uid, digest),
         Revision,
-        lambda _: _succeed(series, warnings, ports),
+        lambda _: _succeed(series, warnings, ports=ports),
+        objects=ports.objects,
         claim=f"settling/_claims/{study_uid}/{series_uid}.json",
         lease_s=ports.settings.visibility_s / 2,
         clock=ports.clock,
@@ -171,24 +172,24 @@ async def _settle(
         log.info("series.overtaken", series=series_uid, instances=len(instances))
         return
     if revision.dataset != dataset:
-        await _array_of_another(revision, dataset, ports)
+        await _array_of_another(revision, dataset, ports=ports)
 
     # Announce what is stored, which may be another worker's.
     await ports.publish(_ready(revision, ports.datasets.of(revision.dataset)))
     log.info("series.ready", series=series_uid, instances=len(revision.instances), warnings=revision.warnings)
 
 
-async def _succeed(series: Series, warnings: Sequence[str], ports: Ports) -> Revision | None:
+async def _succeed(series: Series, warnings: Sequence[str], *, ports: Ports) -> Revision | None:
     """Make the revision that follows those that are stored; None where one of them has all of it and more."""
-    made = await _revise(series, warnings, ports)
-    others = await _revisions(series.study_uid, series.series_uid, ports)
+    made = await _revise(series, warnings, ports=ports)
+    others = await _revisions(series.study_uid, series.series_uid, ports=ports)
     if any(set(made.instances) < set(other.instances) for other in others):
         return None
     newest = max(others, key=lambda other: other.created, default=None)
     return made.model_copy(update={"supersedes": newest.digest if newest else None})
 
 
-async def _revisions(study_uid: str, series_uid: str, ports: Ports) -> list[Revision]:
+async def _revisions(study_uid: str, series_uid: str, *, ports: Ports) -> list[Revision]:
     prefix = f"{series_prefix(study_uid, series_uid)}revisions/"
     return [Revision.parse(await ports.objects.get(item.key)) async for item in ports.objects.list(prefix)]
 
@@ -209,12 +210,12 @@ def _instances(listing: Sequence[ObjectSummary]) -> tuple[list[StoredInstance], 
     return [chosen[uid] for uid in sorted(chosen)], warnings
 
 
-async def _revise(series: Series, warnings: Sequence[str], ports: Ports) -> Revision:
+async def _revise(series: Series, warnings: Sequence[str], *, ports: Ports) -> Revision:
     """Describe the series, and make and store its training array."""
     async with temporary_folder("radqueue-series-") as folder:
-        paths = await _download(series.instances, folder, ports)
-        described = await _described(paths, ports)
-        array_key, more = await _array(series, paths, described, ports)
+        paths = await _download(series.instances, folder, ports=ports)
+        described = await _described(paths, ports=ports)
+        array_key, more = await _array(series, paths, described, ports=ports)
     return Revision(
         dataset=series.dataset,
         study_uid=series.study_uid,
@@ -222,28 +223,27 @@ async def _revise(series: Series, warnings: Sequence[str], ports: Ports) -> Revi
         digest=series.digest,
         created=series.listed,
         instances=series.instances,
-        attributes=described["attributes"],
-        geometry=described["geometry"] and Geometry.model_validate(described["geometry"]),
-        warnings=tuple(sorted({*warnings, *described["warnings"], *more})),
+        attributes=described.attributes,
+        geometry=described.geometry,
+        warnings=tuple(sorted({*warnings, *described.warnings, *more})),
         array_key=array_key,
         deidentified=_is_deidentified(ports.datasets.of(series.dataset), described),
     )
 
 
-async def _described(paths: Sequence[str], ports: Ports) -> dict[str, Any]:
+async def _described(paths: Sequence[str], *, ports: Ports) -> Described:
     try:
-        described: dict[str, Any] = await ports.decoder.series_call({"op": "describe", "paths": list(paths)})
+        return await ports.decoder.series_call(Describe(paths))
     except ChildFailed as failed:
         raise Unprocessable(f"series_{failed.reason_code}", failed.where) from None
-    return described
 
 
-def _is_deidentified(rules: DatasetRules, described: dict[str, Any]) -> bool:
+def _is_deidentified(rules: DatasetRules, described: Described) -> bool:
     """Tell whether the instances were de-identified: some may have been stored before their dataset was to be."""
-    return rules.deidentify is not None and rules.deidentify.studies and described["deidentified"]
+    return rules.deidentify is not None and rules.deidentify.studies and described.deidentified
 
 
-async def _download(instances: Sequence[StoredInstance], folder: Path, ports: Ports) -> list[str]:
+async def _download(instances: Sequence[StoredInstance], folder: Path, *, ports: Ports) -> list[str]:
     paths = [folder / f"{number}.dcm" for number in range(len(instances))]
     pairs = zip(instances, paths, strict=True)
     try:
@@ -256,61 +256,56 @@ async def _download(instances: Sequence[StoredInstance], folder: Path, ports: Po
 
 
 async def _array(
-    series: Series, paths: Sequence[str], described: dict[str, Any], ports: Ports
-) -> tuple[str | None, list[str]]:
+    series: Series, paths: Sequence[str], described: Described, *, ports: Ports
+) -> tuple[str | None, Sequence[str]]:
     """Make and store the training array and its sidecar; return its key and warnings.
 
     A series whose array cannot be made is still routed: that is a warning, no failure.
     """
-    if not described["n_grey"]:
-        return None, ["colour_skipped"] if described["geometry"] else []
+    if not described.n_grey:
+        return None, ["colour_skipped"] if described.geometry else []
     rules = ports.datasets.of(series.dataset)
-    modality, told = described["attributes"].get("Modality"), _array_uids(series, described, ports)
+    modality, told = described.attributes.get("Modality"), _array_uids(series, described, ports=ports)
     config = _config(rules, modality)
     blank = rules.deidentify.blank if rules.deidentify else ()
     out = Path(paths[0]).with_name("array.npy")
-    request = {
-        "paths": list(paths),
-        "out": str(out),
-        "blank": [rule.model_dump(mode="json") for rule in blank],
-        "secret": ports.settings.patient_secret.get_secret_value(),
-    }
+    secret = ports.settings.patient_secret.get_secret_value()
 
-    async def made_by(op: str) -> Any:
-        return await ports.decoder.series_call(request | {"op": op, "config": asdict(config)})
+    async def measured() -> tuple[float, float] | None:
+        return (await ports.decoder.series_call(Measure(paths, config, blank))).window
 
     window_from = None
     try:
         if config.window is None:
             window_from = window_key(series.dataset, modality, config)
-            window = await window_of(window_from, config, told, partial(made_by, "measure"), ports.objects)
+            window = await window_of(window_from, config, told, measured, objects=ports.objects)
             config = replace(config, window=window)
-        made = await made_by("assemble")
+        made = await ports.decoder.series_call(Assemble(paths, str(out), config, blank, secret))
     except (ChildFailed, Unprocessable) as failed:
         where = failed.where if isinstance(failed, ChildFailed) else window_from
         log.warning("array.failed", series=series.series_uid, reason_code=failed.reason_code, where=where)
         return None, ["array_failed"]
-    if not made["shape"][0]:  # every slice was left out
-        return None, made["warnings"]
+    if not made.shape[0]:  # every slice was left out
+        return None, made.warnings
     key = f"{_array_prefix(series.dataset, told)}{config.hash()}.npy"
     sidecar = {
         **told,
-        "patient_key": made["patient_key"],
+        "patient_key": made.patient_key,
         "modality": modality,
-        "n": made["shape"][0],
-        "shape": made["shape"],
+        "n": made.shape[0],
+        "shape": made.shape,
         "window": config.window,
         "window_from": window_from,
-        "pixel_spacing_mm": made["pixel_spacing_mm"],
-        "rows_columns": made["rows_columns"],
-        "left_out": made["left_out"],
+        "pixel_spacing_mm": made.pixel_spacing_mm,
+        "rows_columns": made.rows_columns,
+        "left_out": made.left_out,
         "config": config.described(),
         "config_hash": config.hash(),
-        "warnings": sorted({*described["warnings"], *made["warnings"]}),
+        "warnings": sorted({*described.warnings, *made.warnings}),
     }
     await ports.objects.put(f"{key.removesuffix('.npy')}.json", json.dumps(sidecar, indent=1).encode())
     await ports.objects.upload(out, key)
-    return key, made["warnings"]
+    return key, made.warnings
 
 
 def _config(rules: DatasetRules, modality: object) -> ArrayConfig:
@@ -324,7 +319,7 @@ def _config(rules: DatasetRules, modality: object) -> ArrayConfig:
     )
 
 
-def _array_uids(series: Series, described: dict[str, Any], ports: Ports) -> dict[str, str]:
+def _array_uids(series: Series, described: Described, *, ports: Ports) -> dict[str, str]:
     """Return what an array is known by; in a de-identified dataset nothing that whoever has the originals could know.
 
     A plain digest would show them which series it is, as a UID would.
@@ -351,14 +346,14 @@ def _array_prefix(dataset: str, told: dict[str, str]) -> str:
     return f"datasets/{dataset}/{told['series_uid']}.{told['digest']}."
 
 
-async def _array_of_another(revision: Revision, dataset: str, ports: Ports) -> None:
+async def _array_of_another(revision: Revision, dataset: str, *, ports: Ports) -> None:
     """Make the array of a series that was uploaded into a second dataset, by the rules of that one."""
     series = Series(
         dataset, revision.study_uid, revision.series_uid, revision.instances, revision.digest, revision.created
     )
     async with temporary_folder("radqueue-series-") as folder:
-        paths = await _download(series.instances, folder, ports)
-        await _array(series, paths, await _described(paths, ports), ports)
+        paths = await _download(series.instances, folder, ports=ports)
+        await _array(series, paths, await _described(paths, ports=ports), ports=ports)
 
 
 def _ready(revision: Revision, rules: DatasetRules) -> SeriesReady:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from services.ingest.arrays import ArrayConfig
+from services.ingest.protocol import ArrayConfig
 from shared.idempotency import store_once, stored
 from shared.objects import ObjectStore
 
@@ -39,7 +39,7 @@ def window_key(dataset: str, modality: object, config: ArrayConfig) -> str:
 
 
 async def window_of(
-    key: str, config: ArrayConfig, source: Mapping[str, str], measure: Measure, objects: ObjectStore
+    key: str, config: ArrayConfig, source: Mapping[str, str], measure: Measure, *, objects: ObjectStore
 ) -> tuple[float, float] | None:
     """Return the dataset's window; where there is none yet, store what `measure` finds. None where it finds none.
 
@@ -49,11 +49,11 @@ async def window_of(
         Unprocessable: `invalid_record`: what lies under the key is no window.
         Unavailable: S3 does not answer.
     """
-    found = await stored(objects, key, DatasetWindow)
+    found = await stored(key, DatasetWindow, objects=objects)
     if found is None:
         window = await measure()
         if window is None:
             return None
         found = DatasetWindow(window=window, config=config.described(), source=source)
-        found = await store_once(objects, key, found)
+        found = await store_once(key, found, objects=objects)
     return found.window

@@ -111,7 +111,7 @@ async def report(
     made = await asyncio.to_thread(tally.report, generated_at=clock())
 
     # Fetch the images.
-    images = await _images(made, objects, largest_image_bytes)
+    images = await _images(made, largest_image_bytes, objects=objects)
 
     # Store: the numbers first, which the page links to.
     await objects.put(f"reports/{month}.json", made.model_dump_json(indent=2).encode())
@@ -119,7 +119,7 @@ async def report(
     log.info("report.made", month=month, events=made.n_events, repeats=made.n_repeats, unreadable=made.n_unreadable)
 
 
-async def _images(made: Report, objects: ObjectStore, largest_bytes: int) -> dict[str, bytes]:
+async def _images(made: Report, largest_bytes: int, *, objects: ObjectStore) -> dict[str, bytes]:
     """Return the image grid of each completed training by request id; one that is gone or too large is left out."""
     images = {}
     for training in made.training:

@@ -35,13 +35,13 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 
 async def serve(settings: TrainerSettings, aws: Aws, metrics: Metrics, stop: asyncio.Event) -> None:
     """Consume the training queue until `stop` is set."""
-    async with ports_of(settings, aws, stop) as ports:
+    async with ports_of(settings, stop, aws=aws) as ports:
         handlers: Mapping[type[Message], Handler] = {TrainingRequested: partial(handle, ports=ports)}
         await consume(handlers, aws.sqs, settings.training_queue, settings=settings, stop=stop, metrics=metrics)
 
 
 @asynccontextmanager
-async def ports_of(settings: TrainerSettings, aws: Aws, stop: asyncio.Event) -> AsyncIterator[Ports]:
+async def ports_of(settings: TrainerSettings, stop: asyncio.Event, *, aws: Aws) -> AsyncIterator[Ports]:
     """Open what the trainer needs of the world; its process ends with the block."""
     prepare(settings.copies)
     argv = (*TOGETHER, str(settings.processes)) if settings.engine == "torchrun" else WORKER
@@ -49,7 +49,7 @@ async def ports_of(settings: TrainerSettings, aws: Aws, stop: asyncio.Event) -> 
     objects = ObjectStore(aws.s3, settings.bucket)
     worker: Worker = local
     if settings.engine == "sagemaker":
-        worker = SageMaker(await aws.client("sagemaker"), objects, local, settings)
+        worker = SageMaker(settings, client=await aws.client("sagemaker"), objects=objects, local=local)
     try:
         yield Ports(
             objects=objects,
@@ -57,7 +57,7 @@ async def ports_of(settings: TrainerSettings, aws: Aws, stop: asyncio.Event) -> 
             worker=worker,
             settings=settings,
             clock=lambda: datetime.now(UTC),
-            extractor=await fetch_extractor(settings, aws.s3),
+            extractor=await fetch_extractor(settings, s3=aws.s3),
             stop=stop,
         )
     finally:

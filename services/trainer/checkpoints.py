@@ -16,8 +16,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.trainer.protocol import News, Saved
 from services.trainer.records import StoredPartial
-from shared.child import Json
 from shared.errors import Claimed, Unavailable
 from shared.log import get_logger
 from shared.objects import ObjectMissing, ObjectStore
@@ -63,13 +63,13 @@ class Checkpoints:
             return False
         return True
 
-    def told(self, progress: Json) -> None:
-        """Hear what the training process tells: the `checkpoint` it saved, and at which `step`."""
-        if "checkpoint" not in progress:
+    def told(self, news: News) -> None:
+        """Hear what the training process tells: which checkpoint it saved, and at which step."""
+        if not isinstance(news, Saved):
             return
         if self._newest is not None:  # it comes faster than S3 takes it
             self._newest[0].unlink()
-        self._newest = Path(progress["checkpoint"]), progress["step"]
+        self._newest = Path(news.checkpoint), news.step
         self._woken.set()
 
     @asynccontextmanager

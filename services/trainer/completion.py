@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from services.trainer.data.manifest import Manifest
 from services.trainer.data.units import Units
 from services.trainer.products import card, curves
+from services.trainer.protocol import Generate
 from services.trainer.records import StoredCompletion, StoredRound
 from services.trainer.run import Run
 from shared.messages import CompletedTraining
@@ -35,16 +36,18 @@ async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> Stored
     (out / "rounds.json").write_text(json.dumps(history), encoding="utf-8")
 
     # Make.
-    asked = {
-        "do": "generate",
-        "config": str(out / "config.js"),
-        "checkpoint": str(out / "checkpoint.pt"),
-        "n_images": request.n_images,
-        "out": str(out),
-        "rounds": str(out / "rounds.json") if run.ports.settings.tensorboard else None,
-        "units": {"modality": units.modality, "window": units.window},
-        "classes": manifest.classes,
-    }
+    settings = run.ports.settings
+    asked = Generate(
+        config=str(out / "config.js"),
+        checkpoint=str(out / "checkpoint.pt"),
+        n_images=request.n_images,
+        out=str(out),
+        rounds=str(out / "rounds.json") if settings.tensorboard else None,
+        units=units,
+        classes=manifest.classes,
+        device=settings.device,
+        threads=settings.threads,
+    )
     made = await run.ask(len(rounds) + 1, asked)
     described = card.describe(folder, chosen, manifest, units, made)
     (out / "generator.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -54,7 +57,7 @@ async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> Stored
     await asyncio.to_thread(lambda: curves.draw(history, threshold).save(out / "curves.png"))
 
     # Store.
-    for name in [*made["files"], "curves.png", "card.md", "medigan.json", "generator.json"]:
+    for name in [*made.files, "curves.png", "card.md", "medigan.json", "generator.json"]:
         await objects.upload(out / name, f"{folder}/{name}")
     told = CompletedTraining(
         request_id=request.request_id,

@@ -1,10 +1,13 @@
 """The parameters of a training, checked: what config.js holds, as one frozen object."""
 
+from importlib.resources import files
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
+DEFAULT_CONFIG = files("services.trainer") / "config.js"
+"""The file that a training begins with where its request brings none."""
 Value = int | float | str | bool
 MAX_AUGMENTATION = 0.8
 """Probability of a random change of an image; with more, changed images may be taken for what is to be made."""

@@ -73,7 +73,7 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
 async def accept(request: TrainingRequest, *, asked_at: datetime, ports: Ports) -> None:
     """Store what is asked for. Raises `Unprocessable` where the id is another request's."""
     options = StoredOptions(request=request, settings=ports.settings.model_dump(mode="json"), time=asked_at)
-    stored = await store_once(ports.objects, f"models/{request.request_id}/options.json", options)
+    stored = await store_once(f"models/{request.request_id}/options.json", options, objects=ports.objects)
     if stored.request != request:
         raise Unprocessable("request_id_taken")
 
@@ -112,10 +112,10 @@ async def claimed(
             return None
 
     return await once(
-        ports.objects,
         f"{folder}/completed.json",
         StoredCompletion,
         do,
+        objects=ports.objects,
         claim=f"{folder}/lease.json",
         lease_s=ports.settings.lease_s,
         clock=ports.clock,
@@ -133,7 +133,7 @@ async def _train(run: Run) -> StoredCompletion:
     """Do what is left to do. Raises `CannotTrain`."""
     # Load.
     await first_config(run)
-    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings) as images:
+    async with loaded(run.request, run.folder, run.ports.settings, objects=run.ports.objects) as images:
         for done in await run.rounds():
             await announce(run, done)
 

@@ -34,6 +34,9 @@ REASONS = {
 }
 """By the code of `training.failed`. `{…}` are the numbers that come with it."""
 
+METRICS = {"relative_fd": "relative distance", "distance": "distance", "kid": "KID"}
+"""What approves a model, as people call it."""
+
 
 class CannotTrain(Exception):  # noqa: N818 - it states an outcome
     """The training cannot work as asked. This is an outcome, stored and announced, no error of the message."""

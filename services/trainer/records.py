@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from services.trainer.config import Value
-from services.trainer.data.units import Modality, Units, Window
+from services.trainer.data.units import Units
 from services.trainer.strategy.policy import Goal, Observation
 from shared.messages import CompletedTraining, FailedTraining, Name, TrainingRequest, TrainingRound
 
@@ -121,17 +121,6 @@ class StoredFailure(_Stored):
 
     told: FailedTraining
     time: AwareDatetime
-
-
-class Sidecar(_Stored):
-    """What is read of the JSON document beside an array; ingest says all but the class. What is missing is unknown."""
-
-    series_uid: str | None = None
-    patient_key: str | None = None
-    class_name: Name | None = Field(default=None, alias="class")
-    modality: Modality = None
-    window: Window | None = None
-    """Modality values that became -1 and 1."""
 
 
 class StoredDescription(_Stored):

@@ -4,15 +4,15 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from services.trainer.reasons import CannotTrain
 from services.trainer.records import StoredRound, StoredState
 from services.trainer.settings import TrainerSettings
-from shared.child import ChildFailed, Json, Progress
+from shared.child import ChildFailed, Progress, Request
 from shared.errors import Continue, Unavailable, Unprocessable
 from shared.idempotency import stored
 from shared.log import get_logger
@@ -26,14 +26,16 @@ given up."""
 HAND_OVER_S = 300.0
 """Seconds before the end of the message's 12 hours at which a training is stored, to go on in a new message."""
 
+Reply = TypeVar("Reply")
+
 log = get_logger()
 
 
 class Worker(Protocol):
     """What computes; `Child` and `SageMaker` are."""
 
-    async def call(self, request: Json, *, deadline_s: float, on_progress: Progress | None = None) -> Any:
-        """Do what a function of services/trainer/worker.py does. Raises as `Child.call`."""
+    async def call(self, request: Request[Reply], *, deadline_s: float, on_progress: Progress | None = None) -> Reply:
+        """Do what services/trainer/worker.py does. Raises as `Child.call`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Run:
     async def rounds(self) -> list[StoredRound]:
         """Return the completed rounds."""
         rounds: list[StoredRound] = []
-        while done := await stored(self.ports.objects, self.evaluation_key(len(rounds) + 1), StoredRound):
+        while done := await stored(self.evaluation_key(len(rounds) + 1), StoredRound, objects=self.ports.objects):
             rounds.append(done)
         return rounds
 
@@ -77,7 +79,7 @@ class Run:
 
     async def state(self, number: int) -> StoredState:
         """Return how often round `number` was tried. Raises `CannotTrain` where that was often enough."""
-        state = await stored(self.ports.objects, f"{self.folder}/state.json", StoredState)
+        state = await stored(f"{self.folder}/state.json", StoredState, objects=self.ports.objects)
         if state is None or state.round != number:  # what is stored of another round no longer counts
             state = StoredState(round=number)
         return _checked(state)
@@ -87,7 +89,7 @@ class Run:
         await self.ports.objects.put(f"{self.folder}/state.json", state.model_dump_json().encode())
         _checked(state)
 
-    async def ask(self, number: int, asked: Json, *, reached: int = 0) -> Json:
+    async def ask(self, number: int, asked: Request[Reply], *, reached: int = 0) -> Reply:
         """Have the training process do one thing for round `number`, which is at step `reached`."""
         async with self.attempt(number, lambda: reached):
             return await self.call(number, asked)
@@ -120,7 +122,7 @@ class Run:
             await self.store_state(state)
             raise Unavailable(f"the training process failed: {failed.reason_code}") from None
 
-    async def call(self, number: int, asked: Json, told: Progress = lambda _: None) -> Json:
+    async def call(self, number: int, asked: Request[Reply], told: Progress = lambda _: None) -> Reply:
         """Have the training process do one thing; `told` hears what it tells on the way.
 
         Raises:
@@ -133,19 +135,14 @@ class Run:
             raise Continue
         bound = log.bind(request_id=self.request.request_id, round=number)
 
-        def on_progress(progress: Json) -> None:
-            told(progress)
-            bound.info("training.progress", **progress)
+        def on_progress(news: Any) -> None:
+            told(news)
+            bound.info("training.progress", **asdict(news))
 
         try:
-            reply: Json = await ports.worker.call(
-                {**asked, "device": settings.device, "threads": settings.threads},
-                deadline_s=settings.round_deadline_s,
-                on_progress=on_progress,
-            )
+            return await ports.worker.call(asked, deadline_s=settings.round_deadline_s, on_progress=on_progress)
         except Unprocessable as refused:
             raise CannotTrain(refused.reason_code) from None
-        return reply
 
     @contextlib.asynccontextmanager
     async def touched_at_the_end(self, path: Path) -> AsyncIterator[None]:

@@ -31,17 +31,15 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
-import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError
-
+from services.trainer.protocol import OUTCOMES, Job, Losses, Outcome, Paused, Saved, Train
 from services.trainer.settings import TrainerSettings
-from shared.child import Child, ChildFailed, Json, Progress
+from shared.aws_errors import AWS_ERRORS, answering, code_of, is_answer
+from shared.child import Child, ChildFailed, Json, Progress, Request
 from shared.concurrency import all_of
 from shared.errors import Unavailable, Unprocessable
 from shared.log import get_logger
@@ -63,6 +61,7 @@ PARTIAL = re.compile(r"partial\.([0-9]+)\.pt")
 FAILURE = re.compile(r"radqueue: (out_of_memory|crashed|raised)(?: (\w+))?(?: (\S+:\d+))?")
 """What services/trainer/sagemaker_entry.py says of a failure: reason, type of the exception, and its place."""
 RETURNED = ("reply.json", "checkpoint.pt")
+Reply = TypeVar("Reply")
 
 log = get_logger()
 
@@ -81,13 +80,13 @@ class SageMaker:
     """Trains in jobs; does all else in a process of this machine."""
 
     def __init__(
-        self, client: Client, objects: ObjectStore, local: Child, settings: TrainerSettings, *, poll_s: float = POLL_S
+        self, settings: TrainerSettings, *, client: Client, objects: ObjectStore, local: Child, poll_s: float = POLL_S
     ) -> None:
         """Take an open client, and what does all but `train`."""
         self._client, self._objects, self._local, self._settings = client, objects, local, settings
         self._poll_s = poll_s
 
-    async def call(self, request: Json, *, deadline_s: float, on_progress: Progress | None = None) -> Any:
+    async def call(self, request: Request[Reply], *, deadline_s: float, on_progress: Progress | None = None) -> Reply:
         """Do what `Child.call` does. `deadline_s` is the job's own, so that time in its queue does not count.
 
         Raises:
@@ -95,25 +94,26 @@ class SageMaker:
             Unprocessable: the job says so.
             Unavailable: SageMaker or S3 does not answer, or refuses the job; to be tried again.
         """
-        if request["do"] != "train":
+        if not isinstance(request, Train) or request.job is None:
             return await self._local.call(request, deadline_s=deadline_s, on_progress=on_progress)
-        folder, name = request["job"]["folder"], request["job"]["name"]
+        trained = await self._train(request, request.job, deadline_s, on_progress or (lambda _: None))
+        return cast("Reply", trained)  # it is what Train names
+
+    async def _train(self, request: Train, named: Job, deadline_s: float, tell: Progress) -> Outcome:
         # Two deployments may have one account, and job names are the account's.
-        whose = hashlib.sha256(f"{self._objects.bucket}/{folder}".encode()).hexdigest()[:16]
-        following = _Following(self._objects, f"{folder}/sagemaker/{name}", request, on_progress or (lambda _: None))
-        reply: Json | None = None
+        whose = hashlib.sha256(f"{self._objects.bucket}/{named.folder}".encode()).hexdigest()[:16]
+        following = _Following(self._objects, f"{named.folder}/sagemaker/{named.name}", request, tell)
+        reply: Outcome | None = None
         numbers = itertools.count()
         while reply is None:
-            job = f"radqueue-{whose}-{name}-{next(numbers)}"
+            job = f"radqueue-{whose}-{named.name}-{next(numbers)}"
             created = False
             if await self._described(job) is None:
-                created = await self._create(job, request, following.folder, deadline_s)
+                created = await self._create(job, request, named.folder, following.folder, deadline_s)
             reply = await self._follow(job, following, created=created)
-        if "unprocessable" in reply:
-            raise Unprocessable(reply["unprocessable"])
         return reply
 
-    async def _follow(self, job: str, following: "_Following", *, created: bool) -> Json | None:
+    async def _follow(self, job: str, following: "_Following", *, created: bool) -> Outcome | None:
         """Return the reply; None where the job had ended without one before this worker looked."""
         seen_running = created
         while True:
@@ -131,7 +131,7 @@ class SageMaker:
             seen_running = True
             if await self._stopped_meanwhile(following.stop):
                 log.info("training.job_left_running", job=job)
-                return {"outcome": "paused"}
+                return Paused()
 
     async def _stopped_meanwhile(self, stop: Path) -> bool:
         """Wait until the next look is due; tells at once where the file `stop` is made."""
@@ -142,45 +142,45 @@ class SageMaker:
         return stop.exists()
 
     async def _described(self, job: str) -> Json | None:
-        with _aws_errors():
+        with answering("SageMaker"):
             try:
                 told: Json = await self._client.describe_training_job(TrainingJobName=job)
-            except ClientError as error:
-                if error.response["Error"]["Code"] in UNKNOWN:
+            except AWS_ERRORS as error:
+                if code_of(error) in UNKNOWN:
                     return None
                 raise
         return told
 
-    async def _create(self, job: str, request: Json, folder: str, deadline_s: float) -> bool:
+    async def _create(self, job: str, request: Train, model: str, folder: str, deadline_s: float) -> bool:
         """Create the job; tells whether it did, and not another worker before it."""
-        await self._store_input(request, f"{folder}/{job}/")
-        with _aws_errors():
+        await self._store_input(request, model, f"{folder}/{job}/")
+        with answering("SageMaker"):
             try:
-                await self._client.create_training_job(**self._described_as(job, request, folder, deadline_s))
-            except ClientError as error:
-                if error.response["Error"]["Code"] == TAKEN:
+                await self._client.create_training_job(**self._described_as(job, request, model, folder, deadline_s))
+            except AWS_ERRORS as error:
+                if code_of(error) == TAKEN:
                     return False
-                # What it says is about our settings.
-                log.warning("training.job_refused", job=job, error=str(error))
+                if is_answer(error):  # what it says is about our settings
+                    log.warning("training.job_refused", job=job, error=str(error))
                 raise
         log.info("training.job_created", job=job)
         return True
 
-    async def _store_input(self, request: Json, folder: str) -> None:
+    async def _store_input(self, request: Train, model: str, folder: str) -> None:
         async def store_array(path: Path) -> None:
-            key = f"{request['job']['folder']}/sagemaker/data/{path.name}"
+            key = f"{model}/sagemaker/data/{path.name}"
             if not await self._objects.exists(key):
                 await self._objects.upload(path, key)
 
-        arrays = [Path(path) for path in request["images"]["train"]]
+        arrays = [Path(path) for path in request.images.train]
         await all_of([partial(store_array, path) for path in arrays], at_once=UPLOADS)
-        images = {**request["images"], "train": [path.name for path in arrays], "held_out": []}
-        await self._objects.put(f"{folder}images.json", json.dumps(images).encode())
-        await self._objects.upload(Path(request["config"]), f"{folder}config.js")
-        if request["checkpoint"]:
-            await self._objects.upload(Path(request["checkpoint"]), f"{folder}start.pt")
+        images = replace(request.images, train=[path.name for path in arrays], held_out=[])
+        await self._objects.put(f"{folder}images.json", json.dumps(asdict(images)).encode())
+        await self._objects.upload(Path(request.config), f"{folder}config.js")
+        if request.checkpoint:
+            await self._objects.upload(Path(request.checkpoint), f"{folder}start.pt")
 
-    def _described_as(self, job: str, request: Json, folder: str, deadline_s: float) -> Json:
+    def _described_as(self, job: str, request: Train, model: str, folder: str, deadline_s: float) -> Json:
         settings, base = self._settings, f"s3://{self._objects.bucket}"
         longest_s = max(1, int(deadline_s))
         stopping = {"MaxRuntimeInSeconds": longest_s}
@@ -194,9 +194,9 @@ class SageMaker:
                 "ContainerEntrypoint": ENTRY,
             },
             "RoleArn": settings.sagemaker_role,
-            "HyperParameters": {name: json.dumps(request[name]) for name in HYPERPARAMETERS},
+            "HyperParameters": {name: json.dumps(getattr(request, name)) for name in HYPERPARAMETERS},
             "InputDataConfig": [
-                _channel("arrays", f"{base}/{request['job']['folder']}/sagemaker/data/"),
+                _channel("arrays", f"{base}/{model}/sagemaker/data/"),
                 _channel("job", f"{base}/{folder}/{job}/"),
             ],
             "CheckpointConfig": {"S3Uri": f"{base}/{folder}/checkpoints"},
@@ -220,7 +220,7 @@ class _Following:
     objects: ObjectStore
     folder: str
     """`models/<request id>/sagemaker/<round>-<try>`."""
-    request: Json
+    request: Train
     tell: Progress
     step: int | None = None
     """Of the newest checkpoint."""
@@ -229,7 +229,7 @@ class _Following:
 
     @property
     def stop(self) -> Path:
-        return Path(self.request["stop"])
+        return Path(self.request.stop)
 
     async def pass_on(self) -> None:
         """Tell what is new, and delete what is old. Checkpoints of before the first look are no news."""
@@ -237,26 +237,33 @@ class _Following:
         async for item in self.objects.list(f"{self.folder}/checkpoints/"):
             name = item.key.rpartition("/")[2]
             if name == "progress.json" and item.etag != self.progress:
-                self.tell(json.loads(await self.objects.get(item.key)))
+                self.tell(Losses(**json.loads(await self.objects.get(item.key))))
                 self.progress = item.etag
             elif found := PARTIAL.fullmatch(name):
                 partials[int(found[1])] = item.key
         newest = max(partials, default=0)
         if self.step is not None and newest > self.step:
-            path = Path(self.request["out"]) / f"partial.{newest}.pt"
+            path = Path(self.request.out) / f"partial.{newest}.pt"
             await self.objects.download(partials[newest], path)
-            self.tell({"checkpoint": str(path), "step": newest})
+            self.tell(Saved(str(path), newest))
         self.step = newest
         for step in partials.keys() - {newest}:
             await self.objects.delete(partials[step])
 
-    async def returned(self, job: str) -> Json | None:
-        """Return the reply of a job that ended well, and put its checkpoint in place; None where it had paused."""
-        out = Path(self.request["out"])
+    async def returned(self, job: str) -> Outcome | None:
+        """Return the reply of a job that ended well, and put its checkpoint in place; None where it had paused.
+
+        Raises:
+            Unprocessable: the job says so.
+        """
+        out = Path(self.request.out)
         await self.objects.download(f"{self.folder}/output/{job}/output/model.tar.gz", out / "model.tar.gz")
         await asyncio.to_thread(_unpack, out / "model.tar.gz", out)
         reply: Json = json.loads((out / "reply.json").read_bytes())
-        return None if reply.get("outcome") == "paused" else reply
+        if "unprocessable" in reply:
+            raise Unprocessable(reply["unprocessable"])
+        outcome = OUTCOMES.validate_python(reply)
+        return None if isinstance(outcome, Paused) else outcome
 
 
 def _channel(name: str, uri: str) -> Json:
@@ -282,13 +289,3 @@ def _failure_of(told: Json) -> ChildFailed:
     if found := FAILURE.search(told.get("FailureReason", "")):
         return ChildFailed(found[1], found[2] or "", found[3] or "")
     return ChildFailed("crashed", told["TrainingJobStatus"])
-
-
-@contextlib.contextmanager
-def _aws_errors() -> Iterator[None]:
-    try:
-        yield
-    except ClientError as error:
-        raise Unavailable(f"SageMaker: {error.response['Error']['Code']}") from None
-    except (BotoCoreError, aiohttp.ClientError, OSError) as error:
-        raise Unavailable(f"SageMaker: {type(error).__name__}") from None

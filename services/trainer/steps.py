@@ -46,10 +46,10 @@ from shared.service import run as run_service
 Step = Callable[[Run], Awaitable[StoredCompletion | Json]]
 
 
-async def perform(step: str, request_id: str, asked: Json | None, ports: Ports) -> tuple[int, Json]:
+async def perform(step: str, request_id: str, asked: Json | None, *, ports: Ports) -> tuple[int, Json]:
     """Do a step; returns the exit code and the reply. `asked` holds the fields of a new request."""
     try:
-        reply = await _perform(step, request_id, asked, ports)
+        reply = await _perform(step, request_id, asked, ports=ports)
     except Unprocessable as refused:
         return os.EX_DATAERR, {"step": step, "reason": refused.reason_code, "fields": refused.detail}
     except (Continue, Unavailable) as error:
@@ -59,7 +59,7 @@ async def perform(step: str, request_id: str, asked: Json | None, ports: Ports) 
     return os.EX_DATAERR if "reason" in reply else os.EX_OK, reply
 
 
-async def _perform(step: str, request_id: str, asked: Json | None, ports: Ports) -> Json:
+async def _perform(step: str, request_id: str, asked: Json | None, *, ports: Ports) -> Json:
     folder = f"models/{request_id}"
     if asked is not None:
         if unknown := asked.keys() - TrainingRequest.model_fields.keys():  # a message may have such, of a later version
@@ -70,12 +70,12 @@ async def _perform(step: str, request_id: str, asked: Json | None, ports: Ports)
             fields = {str(detail["loc"][0]) for detail in error.errors()}
             raise Unprocessable("invalid_request", ", ".join(sorted(fields))) from None
         await accept(request, asked_at=ports.clock(), ports=ports)
-    options = await stored(ports.objects, f"{folder}/options.json", StoredOptions)
+    options = await stored(f"{folder}/options.json", StoredOptions, objects=ports.objects)
     if options is None:
         raise Unprocessable("unknown_request")
     done = await claimed(options.request, STEPS[step], asked_at=options.time or ports.clock(), ports=ports)
     if done is None:
-        failure = await stored(ports.objects, f"{folder}/failure.json", StoredFailure)
+        failure = await stored(f"{folder}/failure.json", StoredFailure, objects=ports.objects)
         return {"next": None, "reason": failure.told.reason_code if failure else "failed"}
     if not isinstance(done, StoredCompletion):
         return done
@@ -87,7 +87,7 @@ async def _perform(step: str, request_id: str, asked: Json | None, ports: Ports)
 
 async def _load(run: Run) -> Json:
     await first_config(run)
-    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings):
+    async with loaded(run.request, run.folder, run.ports.settings, objects=run.ports.objects):
         return {"next": "modify"}
 
 
@@ -102,7 +102,7 @@ async def _train(run: Run) -> Json:
     plan = await modify(run)
     if plan is None:
         return {"next": "generate"}
-    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings) as images:
+    async with loaded(run.request, run.folder, run.ports.settings, objects=run.ports.objects) as images:
         trained = await train(run, plan, images)
     if trained is None:
         return {"next": "modify", "round": plan.round, "diverged": True}
@@ -116,7 +116,7 @@ async def _evaluate(run: Run) -> Json:
         for done in (await run.rounds())[-1:]:
             await announce(run, done)
         return {"next": "modify"}
-    async with loaded(run.request, run.folder, run.ports.objects, run.ports.settings) as images:
+    async with loaded(run.request, run.folder, run.ports.settings, objects=run.ports.objects) as images:
         judged = await evaluate(run, plan, trained, images)
     if judged is None:
         return {"next": "modify", "round": plan.round, "diverged": True}
@@ -169,8 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     async def serve(settings: TrainerSettings, aws: Aws, _: Metrics, stop: asyncio.Event) -> None:
         nonlocal code
-        async with ports_of(settings, aws, stop) as ports:
-            code, reply = await perform(given.step, given.request, given.asked, ports)
+        async with ports_of(settings, stop, aws=aws) as ports:
+            code, reply = await perform(given.step, given.request, given.asked, ports=ports)
         told = reply.get("reason") or (f"next is {reply['next']}" if reply["next"] else "the end")
         told += f" ({reply['fields']})" if reply.get("fields") else ""
         sys.stdout.write(json.dumps(reply) + "\n" if given.json else f"{given.step}: {told}\n")

@@ -13,6 +13,7 @@ import structlog
 
 from shared import delivery
 from shared import metrics as declared
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.concurrency import Stop
 from shared.config import ServiceSettings
 from shared.errors import Claimed, Unprocessable
@@ -32,7 +33,7 @@ from shared.queue.fates import (
     why_of,
 )
 from shared.queue.leases import LeaseKeeper
-from shared.queue.sqs import AWS_ERRORS, BATCH, POLL_MARGIN_S, Received, SqsQueue, code_of, open_queue
+from shared.queue.sqs import BATCH, POLL_MARGIN_S, Received, SqsQueue, open_queue
 from shared.queue.trace import handling
 
 if TYPE_CHECKING:

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.log import get_logger
 from shared.queue.leases import LeaseKeeper
-from shared.queue.sqs import AWS_ERRORS, BATCH, Received, SqsQueue, code_of
+from shared.queue.sqs import BATCH, Received, SqsQueue
 
 WINDOW_S = 0.1
 """A batch is sent when it is full, or this long after its first message."""

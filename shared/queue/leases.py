@@ -4,8 +4,9 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.log import get_logger
-from shared.queue.sqs import AWS_ERRORS, Received, SqsQueue, batches, code_of
+from shared.queue.sqs import Received, SqsQueue, batches
 
 LOOKS = 6
 """Looks per visibility timeout; a lease is extended once a third of it is gone, so that three extensions may fail."""
@@ -32,6 +33,8 @@ class LeaseKeeper:
         self._held: set[Received] = set()
         self._changing = asyncio.Lock()
 
+    # What the consumer says of a message.
+
     def hold(self, message: Received) -> None:
         """Extend the message's visibility from now on."""
         self._held.add(message)
@@ -48,12 +51,17 @@ class LeaseKeeper:
             for some in batches(messages):
                 await self._queue.change_visibility(some, delay_s)
 
+    # What goes on meanwhile.
+
     async def run(self) -> None:
         """Extend what is due, for ever."""
         loop = asyncio.get_running_loop()
         while True:
+            # Wait until something is due: a look, or the end of the lease that ends first.
             await asyncio.sleep(max(0.01, min(self._visibility_s / LOOKS, self._first_end() - loop.time())))
+            # Lose what ended before it was extended.
             self._find_ended(loop.time())
+            # Extend what has used up a third of its lease.
             soon = loop.time() + self._visibility_s * 2 / 3
             for some in batches([message for message in self._held if message.lease_until <= soon]):
                 await self._extend(some)
@@ -72,6 +80,7 @@ class LeaseKeeper:
     async def _extend(self, messages: Sequence[Received]) -> None:
         now = asyncio.get_running_loop().time()
         async with self._changing:
+            # Some may have been dropped since: those are given back, or done.
             held = [message for message in messages if message in self._held]
             if not held:
                 return
@@ -83,6 +92,7 @@ class LeaseKeeper:
             except AWS_ERRORS as error:
                 log.warning("lease.not_extended", error=code_of(error), messages=len(held))
                 return
+        # What SQS refuses to extend is another worker's by now.
         self._extended(len(held) - len(refused))
         for message in refused:
             if message in self._held:

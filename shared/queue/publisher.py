@@ -3,11 +3,12 @@
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, Self
 
+from shared.aws_errors import AWS_ERRORS, code_of
 from shared.config import Misconfigured, ServiceSettings
 from shared.errors import Unavailable, Unprocessable
 from shared.log import get_logger
 from shared.messages import Event, Queue
-from shared.queue.sqs import AWS_ERRORS, LARGEST_BODY_BYTES, code_of, patiently
+from shared.queue.sqs import LARGEST_BODY_BYTES, patiently
 from shared.queue.trace import current_traceparent
 
 if TYPE_CHECKING:

@@ -8,11 +8,9 @@ import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from botocore.exceptions import BotoCoreError, ClientError
-
+from shared.aws_errors import AWS_ERRORS, Kind, code_of, kind_of
 from shared.config import Misconfigured
 from shared.errors import Unprocessable
 from shared.log import get_logger
@@ -29,7 +27,7 @@ LONGEST_LEASE_S = 12 * 3600
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-visibility-timeout.html"""
 BEYOND_LIMIT = "beyond the limit"
 """Words by which SQS refuses an extension past that; its code is the one of an invalid handle, too."""
-NOT_THERE_YET = {"AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"}
+NOT_THERE_YET = {"NonExistentQueue", "QueueDoesNotExist"}
 """A queue that somebody may be creating now."""
 FEW_RECEIVES = 20
 """A redrive policy that allows fewer takes good work away: outages and kills are receives, too."""
@@ -42,8 +40,6 @@ NO_BODY = "{}"
 """What a message without a body is dead-lettered with: SQS takes no empty one."""
 MOST_DIGITS = 18
 """Longer numbers are nothing that SQS writes."""
-DENIED = "AccessDenied"
-AWS_ERRORS = (BotoCoreError, ClientError, OSError, TimeoutError)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -184,10 +180,10 @@ async def _check_sendable(sqs: "SQSClient", name: str, url: str) -> None:
     """Send a batch of nothing, which SQS refuses to everybody, but with another error to those who may not send."""
     try:
         await sqs.send_message_batch(QueueUrl=url, Entries=[])
-    except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] == HTTPStatus.FORBIDDEN or DENIED in code_of(error):
+    except AWS_ERRORS as error:
+        if kind_of(error) is Kind.DENIED:
             raise Misconfigured(f"The dead-letter queue {name} cannot be sent to: {code_of(error)}.") from None
-        if not _is_refusal(error):
+        if kind_of(error) is Kind.UNAVAILABLE:
             raise
 
 
@@ -199,22 +195,10 @@ async def patiently(call: Callable[[], Awaitable[Result]], patience_s: float) ->
         try:
             return await call()
         except AWS_ERRORS as error:
-            if (_is_refusal(error) and code_of(error) not in NOT_THERE_YET) or loop.time() >= until:
+            if (kind_of(error) is not Kind.UNAVAILABLE and code_of(error) not in NOT_THERE_YET) or loop.time() >= until:
                 raise
             log.warning("queue.waiting", error=code_of(error))
         await asyncio.sleep(START_PAUSE_S)
-
-
-def _is_refusal(error: BaseException) -> bool:
-    return (
-        isinstance(error, ClientError)
-        and error.response["ResponseMetadata"]["HTTPStatusCode"] < HTTPStatus.INTERNAL_SERVER_ERROR
-    )
-
-
-def code_of(error: BaseException) -> str:
-    """Name an error of botocore's without its text."""
-    return error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
 
 
 def batches(items: Iterable[Item], size: int = BATCH) -> Iterator[list[Item]]:

@@ -29,13 +29,13 @@ import pydicom
 import yaml
 from botocore.config import Config
 
-from services.inference.__main__ import open_archives
 from services.inference.package.engine import Engine, EngineFailed
 from services.inference.package.maps import load
 from services.inference.serving.maphost import cuda_runtime
 from services.inference.serving.runner import MapRunner, Run, Serving, Study
 from services.inference.settings import InferenceSettings
-from services.inference.targets.archive import Instance
+from services.inference.targets.configured import open_targets
+from services.inference.targets.target import Instance
 from shared import config
 from shared.aws import connect
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key, sha_of
@@ -336,7 +336,7 @@ def _stored(s3: Any, bucket: str) -> SeriesReady:
 
 
 async def _push(folder: Path) -> list[dict[str, Any]]:
-    """Push series of one study each way, and see that each instance is there; the archive is on this machine, too."""
+    """Push series of one study each way, and see that each instance is there; the target is on this machine, too."""
     aws = start_local_aws(folder / "aws")
     found_rows = []
     try:
@@ -345,11 +345,11 @@ async def _push(folder: Path) -> list[dict[str, Any]]:
             settings = config.load(InferenceSettings, os.environ | {"RADQUEUE_IMPORT_ROLE_ARN": role})
             async with connect(os.environ) as clients:
                 objects = ObjectStore(clients.s3, settings.bucket)
-                async with open_archives(settings, clients, objects) as archives:
+                async with open_targets(settings, clients, objects) as targets:
                     for target in ("healthimaging", "healthimaging-import"):
                         instances = _instances(folder / target)
                         started = time.perf_counter()
-                        await archives.by_target[target].push(instances)
+                        await targets.by_name[target].push(instances)
                         took = (time.perf_counter() - started) / len(instances)
                         what = f"push to the local HealthImaging and confirm, per instance, {target}"
                         found_rows.append(_row(what, took, "s", len(instances)))

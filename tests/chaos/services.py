@@ -22,6 +22,7 @@ from unittest.mock import patch
 from botocore.exceptions import ClientError
 
 from deploy.local.__main__ import client_environment
+from deploy.local.stack import LEASH
 from deploy.topology import Named, Topology, create
 from shared.aws import Aws, connect
 from tests.chaos.journeys import JOURNEYS, Journey, Outcome, World
@@ -168,7 +169,7 @@ class Life:
         own = {"AWS_ENDPOINT_URL": self.proxy.url, "RADQUEUE_WORK_DIR": str(self.world.folder / "work")}
         mutant = ["tests.chaos.mutants", self.scenario.mutant] if self.scenario.mutant else []
         program = [sys.executable, "-m", *mutant, f"services.{self.journey.service}"]
-        leash = [sys.executable, "-I", "-S", str(ROOT / "deploy" / "local" / "leash.py"), str(os.getpid())]
+        leash = [sys.executable, "-I", "-S", str(LEASH), str(os.getpid())]
         with (self.world.folder / "log").open("wb") as log:
             return await asyncio.create_subprocess_exec(
                 *leash,

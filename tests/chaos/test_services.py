@@ -20,7 +20,7 @@ FOUND_BY = {
 }
 """The service that has the mistake, a kill that brings it to light, and a pattern of what is found then."""
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(1200)]
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

@@ -1,23 +1,28 @@
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import tomllib
 import zipfile
 from datetime import UTC, datetime
+from pathlib import Path
 
 import boto3
 import pytest
 from typer.testing import CliRunner
 
-from cli import orders
-from cli.client import Client, Refused
+from cli.client import Client, now
 from cli.main import app
-from cli.study import uploads
-from deploy.local.stack import ROOT
+from cli.study import results, uploads
+from cli.training.requests import parse_override, training_request
 from services.inference.records import result_prefix
 from shared.dicom import instance_key
 from shared.messages import InferenceRequested, InferenceTask, SeriesRef, TrainingRequested, decode
+from shared.operations.refused import Refused
 from shared.phantom import write_ct_series
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -175,6 +180,15 @@ def test_the_version_is_the_project_s(radqueue):
     )
 
 
+def test_a_shell_completes_commands():
+    """The script that `--install-completion` writes asks so; the answer is one command per line."""
+    asked = {"_RADQUEUE_COMPLETE": "complete_bash", "COMP_WORDS": "radqueue re", "COMP_CWORD": "1"}
+    command = [Path(sys.executable).with_name("radqueue")]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True)
+
+    assert set(done.stdout.split()) == {"redrive", "report", "results", "retry"}
+
+
 def test_an_upload_of_nothing_is_refused(invoke, tmp_path):
     """An empty folder, a path that is not there and a bad dataset name are told, and nothing is sent."""
     (tmp_path / "empty").mkdir()
@@ -210,7 +224,7 @@ def test_instances_are_known_by_the_keys_that_ingest_gives_them(tmp_path):
 def test_status_counts_queues_and_dead_letters(invoke, client, received, local_aws):
     """What waits in a queue is counted there, and what died in its dead-letter queue."""
     received("radqueue-training")
-    client.send(TrainingRequested.of("r", orders.training_request("d", request_id="r"), time=orders.now()))
+    client.send(TrainingRequested.of("r", training_request("d", request_id="r"), time=now()))
     result = invoke("status", "--json")
     counts = json.loads(result.stdout)["queues"]
 
@@ -461,9 +475,9 @@ def test_a_retry_ends_with_what_came_after_the_failure(invoke, client, tmp_path)
 
     fail("first", 1)
     early = invoke("retry", "1.2.91", "--wait", "--timeout", "0")
-    failed = orders.retry(client, "1.2.91")
+    failed = results.retry(client, "1.2.91")
     fail("second", 2)
-    (came,) = orders.wait_retried(client, "1.2.91", failed, 0)
+    (came,) = results.wait_retried(client, "1.2.91", failed, 0)
 
     assert early.exit_code == 1
     assert "it goes on" in early.output
@@ -483,11 +497,11 @@ def test_a_retry_ends_with_what_came_after_the_failure(invoke, client, tmp_path)
 )
 def test_overrides_keep_their_type(text, expected):
     """A number stays a number, and what is no number, true or false is text."""
-    assert orders.parse_override(text) == expected
+    assert parse_override(text) == expected
 
 
 @pytest.mark.parametrize("text", ["steps", "=80"])
 def test_an_override_without_name_or_value_is_refused(text):
     """The user reads how to write it."""
     with pytest.raises(Refused, match="name=value"):
-        orders.parse_override(text)
+        parse_override(text)

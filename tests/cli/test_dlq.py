@@ -18,6 +18,7 @@ from cli.client import Client
 from cli.main import app
 from shared.errors import Unprocessable
 from shared.messages import ReportRequest, ReportRequested
+from shared.operations import dead_letters
 from shared.queue import consume
 from shared.queue.fates import dead_letter_attributes
 
@@ -26,9 +27,9 @@ NAME = "Müller^Anna"
 POISON = f'{{"specversion": "1.0", "type": "{NAME}", "PatientName": "{NAME}", "id": '
 KILLED = """
 import os, signal, sys
-from cli import dlq
 from cli.client import Client
 from cli.main import app
+from shared.operations import dead_letters
 
 make, moment = Client._client, sys.argv.pop(1)
 
@@ -38,7 +39,7 @@ def client(self, service):
     return made
 
 Client._client = client
-dlq.HOLD_S = 1
+dead_letters.HOLD_S = 1
 app(prog_name="radqueue")
 """
 
@@ -121,6 +122,19 @@ def test_a_list_tells_reasons_and_leaves_everything_visible(invoke, queue):
     assert queue.bodies(queue.dead_url) == before
 
 
+def test_reasons_are_ordered_by_number_then_by_name(invoke, queue):
+    """The most frequent reason comes first, and of equals the first by name."""
+    for reason in ("undecodable", "not_json", "bug", "not_json"):
+        queue.bury("x", reason=reason)
+    (found,) = json.loads(invoke("dlq", "list", "reporting", "--json").stdout)["queues"]
+
+    assert [(row["reason"], row["count"]) for row in found["reasons"]] == [
+        ("not_json", 2),
+        ("bug", 1),
+        ("undecodable", 1),
+    ]
+
+
 def test_nothing_of_a_poison_body_is_shown(invoke, queue):
     """A body with a name in it, broken or well-formed, and attributes of unknown origin are not in the output."""
     queue.bury(POISON, POISON + '"1"}', reason="not_json")
@@ -158,7 +172,8 @@ async def test_what_the_runtime_dead_letters_is_listed_with_its_reason(aws, own_
 
     assert told == {"object_gone": [{"place": "3f2a", "count": 1}], "not_json": []}
     assert (
-        set(dead_letter_attributes(Unprocessable("x", "y"), 1)) | set(dead_letter_attributes(KeyError(), 3)) == dlq.TOLD
+        set(dead_letter_attributes(Unprocessable("x", "y"), 1)) | set(dead_letter_attributes(KeyError(), 3))
+        == dead_letters.TOLD
     )
 
 

@@ -6,14 +6,16 @@ from datetime import UTC, datetime
 import pytest
 
 from cli import show
-from cli.client import Client, Refused
-from cli.orders import Training, training_request
+from cli.client import Client
 from cli.study.journey import Journey
 from cli.study.uploads import collect, instances
+from cli.training.following import Training
+from cli.training.requests import training_request
 from services.inference.reasons import REASONS
 from services.inference.records import result_prefix
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key
 from shared.messages import Geometry, InferenceTask
+from shared.operations.refused import Refused
 from shared.phantom import Patient, write_ct_series
 
 EVALUATION = {

@@ -64,6 +64,7 @@ def test_every_file_has_a_verdict(radqueue, archive):
     assert verdicts["bare.dcm"]["decoder"] == "pylibjpeg-rle"
     assert verdicts["bare.dcm"]["warnings"] == ["preamble_missing"]
     assert (told["taken"], told["refused"], told["reasons"]) == (3, 3, {"truncated": 2, "not_dicom": 1})
+    assert list(told["reasons"]) == ["truncated", "not_dicom"]  # the most frequent first
     assert told["warnings"] == {"preamble_missing": 1}
 
 

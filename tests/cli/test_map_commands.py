@@ -1,6 +1,7 @@
 """`radqueue map check`, `run`, `show` and `env`, with the real SDK."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import textwrap
 
 import pydicom
 import pytest
+from typer.testing import CliRunner
 
+from cli.main import app
 from shared.phantom import Patient, write_ct_series
 from tests.cli.conftest import ROOT, plain_environ
 
@@ -51,6 +54,18 @@ def radqueue_map(*arguments):
         timeout=300,
         check=False,
     )
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    """Run what starts no MAP in this process: a process of its own would be most of the time that it takes."""
+    for name in {*os.environ} - {*plain_environ()}:
+        monkeypatch.delenv(name)
+
+    def run(*arguments):
+        return CliRunner(env=plain_environ()).invoke(app, ["map", *map(str, arguments)])
+
+    return run
 
 
 def findings_of(done):
@@ -147,14 +162,14 @@ def test_a_program_without_the_sdk_is_checked_as_what_it_is(study, tmp_path):
     assert findings_of(wants_more)["outputs"]["text"] == "it ended well and wrote nothing that an archive takes"
 
 
-def test_a_source_that_is_no_map_is_told_with_exit_code_1(tmp_path):
+def test_a_source_that_is_no_map_is_told_with_exit_code_1(invoke, tmp_path):
     """A folder without a program, and a manifest that is broken, are findings like any other."""
-    empty = radqueue_map("check", tmp_path, "--json")
+    empty = invoke("check", tmp_path, "--json")
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "app.json").write_text('{"command": ""}')
-    broken = radqueue_map("check", tmp_path, "--json")
+    broken = invoke("check", tmp_path, "--json")
 
-    assert (empty.returncode, broken.returncode) == (1, 1)
+    assert (empty.exit_code, broken.exit_code) == (1, 1)
     assert "neither app.py nor __main__.py" in findings_of(empty)["manifests"]["text"]
     assert findings_of(broken)["manifests"]["text"].startswith("app.json: command: expected")
 
@@ -188,19 +203,19 @@ def test_a_map_that_fails_by_hand_fails_the_command(study, tmp_path):
     assert wrote_nothing.stdout.startswith("no_output in ")
 
 
-def test_what_cannot_be_meant_is_wrong_usage(tmp_path):
+def test_what_cannot_be_meant_is_wrong_usage(invoke, tmp_path):
     """A study that is not there, an isolation that there is not, and an image that is a folder."""
-    missing = radqueue_map("run", CT_TISSUES, "--input", tmp_path / "none", "--output", tmp_path / "out")
-    isolation = radqueue_map("check", CT_TISSUES, "--isolation", "thread")
-    image = radqueue_map("extract", CT_TISSUES, "--out", tmp_path / "out")
+    missing = invoke("run", CT_TISSUES, "--input", tmp_path / "none", "--output", tmp_path / "out")
+    isolation = invoke("check", CT_TISSUES, "--isolation", "thread")
+    image = invoke("extract", CT_TISSUES, "--out", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     write_ct_series(tmp_path / "two" / "a", slices=1, size=16, patient=Patient("A", "1"))
     write_ct_series(tmp_path / "two" / "b", slices=1, size=16, patient=Patient("B", "2"))
-    empty = radqueue_map("check", CT_TISSUES, "--input", tmp_path / "empty")
-    two = radqueue_map("check", CT_TISSUES, "--input", tmp_path / "two")
-    outputs = radqueue_map("check", CT_TISSUES, "--outputs", "SEG")
+    empty = invoke("check", CT_TISSUES, "--input", tmp_path / "empty")
+    two = invoke("check", CT_TISSUES, "--input", tmp_path / "two")
+    outputs = invoke("check", CT_TISSUES, "--outputs", "SEG")
 
-    assert [done.returncode for done in (missing, isolation, image, empty, two, outputs)] == [2] * 6
+    assert [done.exit_code for done in (missing, isolation, image, empty, two, outputs)] == [2] * 6
     assert "does not exist" in missing.stderr
     assert "there is no file in" in empty.stderr
     assert "holds 2 studies" in two.stderr
@@ -209,11 +224,11 @@ def test_what_cannot_be_meant_is_wrong_usage(tmp_path):
     assert "is no image" in image.stderr
 
 
-def test_a_map_tells_what_it_says_of_itself():
+def test_a_map_tells_what_it_says_of_itself(invoke):
     """The manifests and the variables of a folder are shown without importing it."""
-    told = json.loads(radqueue_map("show", CT_TISSUES, "--json").stdout)
-    variables = dict(line.split("=", 1) for line in radqueue_map("env", CT_TISSUES).stdout.splitlines())
-    lines = radqueue_map("show", CT_TISSUES).stdout.splitlines()
+    told = json.loads(invoke("show", CT_TISSUES, "--json").stdout)
+    variables = dict(line.split("=", 1) for line in invoke("env", CT_TISSUES).stdout.splitlines())
+    lines = invoke("show", CT_TISSUES).stdout.splitlines()
 
     assert told["models"] == str(CT_TISSUES / "models")
     assert told["memory_bytes"] == 2 << 30

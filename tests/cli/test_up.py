@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.stack import ROOT, Stack, StackFailed, read_env
+from deploy.local.stack import LEASH, Stack, StackFailed, _user_paths, read_env
 
 WAIT_S = 60
 
@@ -99,6 +99,15 @@ def test_all_that_is_wrong_with_a_table_is_shown_with_exit_code_2(radqueue, tmp_
     assert sum(line.startswith("  mine.yaml: ") and "Colour" in line for line in lines) == 20
 
 
+def test_paths_of_the_user_mean_the_user_s_folder():
+    """The services run elsewhere, so their paths are made absolute; addresses and empty values stay as they are."""
+    given = {"RADQUEUE_MAPS_FILE": "mine.yaml", "RADQUEUE_FEATURES_URI": "net.pt", "RADQUEUE_WORK_DIR": ""}
+    addresses = {"RADQUEUE_DATASETS_FILE": "s3://bucket/datasets.yaml", "RADQUEUE_SLOTS": "3", "OTHER_FILE": "x"}
+    here = {"RADQUEUE_MAPS_FILE": str(Path.cwd() / "mine.yaml"), "RADQUEUE_FEATURES_URI": str(Path.cwd() / "net.pt")}
+
+    assert _user_paths(given | addresses) == here
+
+
 def test_a_taken_folder_is_said(tmp_path, local_aws):
     """Two local AWS never share a folder; the second says so in one sentence."""
     with pytest.raises(StackFailed, match="in use by another local AWS"):
@@ -138,7 +147,7 @@ def test_a_leash_whose_parent_died_before_it_does_not_start_the_program():
     """A parent that is gone already cannot die again, so the signal would never come."""
     program = [
         sys.executable,
-        f"{ROOT}/deploy/local/leash.py",
+        LEASH,
         "1",
         sys.executable,
         "-c",

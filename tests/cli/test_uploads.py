@@ -8,8 +8,8 @@ import tarfile
 
 import pytest
 
-from cli.client import Refused
 from cli.study import uploads
+from shared.operations.refused import Refused
 
 
 def tar_of(members, mode):

@@ -15,7 +15,7 @@ def checkout(tmp_path):
     """What a release's archive holds that set-up reads, in a folder that nobody planned for, and no git."""
     folder = tmp_path / "a folder's näme"
     shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("cli", "radqueue", "services", "shared", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
+    for name in ("cli", "maps", "radqueue", "services", "shared", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -24,7 +24,9 @@ from services.inference.routing import Route
 from services.inference.serving.runner import Bounds, MapRunner, Study
 from services.inference.serving.versions import InstalledMap
 from services.inference.stable_studies import Quiet
-from services.inference.targets.archive import Archive, Archives, HealthImaging, S3Only
+from services.inference.targets.healthimaging import HealthImaging
+from services.inference.targets.s3_only import S3Only
+from services.inference.targets.target import Target, Targets
 from shared.aws import Aws, connect
 from shared.dicom import Revision, StoredInstance, digest_of, instance_key, sha_of
 from shared.dicomweb import DicomWeb, SigV4, base_url
@@ -290,7 +292,7 @@ class Worker:
 
     objects: ObjectStore
     web: DicomWeb
-    archives: Archives
+    targets: Targets
     maps: dict[str, InstalledMap]
     runner: MapRunner
     publish: Published = field(default_factory=Published)
@@ -305,7 +307,7 @@ class Worker:
 
     @property
     def for_infer(self) -> dict:
-        return self.common | {"runner": self.runner, "archives": self.archives, "lease_s": 60}
+        return self.common | {"runner": self.runner, "targets": self.targets, "lease_s": 60}
 
     async def store_series(self, *, supersedes: str | None = None, files=None, **attributes: str) -> Revision:
         """Store a series as ingest does, with its revision."""
@@ -360,9 +362,9 @@ def _ref(revision: Revision) -> SeriesRef:
     )
 
 
-def archives_of(archive: Archive) -> Archives:
-    """A worker that pushes to one archive."""
-    return Archives({archive.target: archive, "s3": S3Only()}, default=archive.target)
+def targets_of(target: Target) -> Targets:
+    """A worker that pushes to one target."""
+    return Targets({target.name: target, "s3": S3Only()}, default=target.name)
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -377,7 +379,7 @@ async def worker(clients, local_aws, capture_map, runner, tmp_path) -> AsyncIter
         yield Worker(
             objects=ObjectStore(clients.s3, local_aws.bucket),
             web=web,
-            archives=archives_of(HealthImaging(web, clients.medical_imaging, local_aws.datastore_id)),
+            targets=targets_of(HealthImaging(web, clients.medical_imaging, local_aws.datastore_id)),
             maps={"capture": InstalledMap(capture_map, route)},
             runner=runner,
         )

@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 
 from services.inference.__main__ import in_turn
-from services.inference.handler import _may_be_the_machines, infer
+from services.inference.computing import _may_be_the_machines
+from services.inference.handler import infer
 from services.inference.records import Result, result_prefix
 from services.inference.serving.runner import GpuLost, Run
 from services.inference.serving.versions import InstalledMap

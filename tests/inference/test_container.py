@@ -14,7 +14,8 @@ import pydicom
 import pytest
 
 from services.inference.package.maps import load
-from services.inference.serving.runner import ROOT, Bounds, MapRunner, Serving
+from services.inference.serving.runner import Bounds, MapRunner, Serving
+from tests.conftest import ROOT
 from tests.inference.conftest import APP
 
 LOOK_AROUND = """

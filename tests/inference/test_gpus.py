@@ -10,8 +10,8 @@ import pytest
 from services.inference.package.manifests import Needs
 from services.inference.serving import gpus
 from services.inference.serving.gpus import MIB, Gpu, Share, parse
-from services.inference.serving.runner import ROOT
 from shared.config import Misconfigured
+from tests.conftest import ROOT
 
 TWO = [Gpu("0", "GPU-a", 16_000 * MIB), Gpu("1", "GPU-b", 80_000 * MIB)]
 

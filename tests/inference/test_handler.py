@@ -12,12 +12,14 @@ import structlog
 
 from services.inference.handler import infer, route
 from services.inference.records import Failure, Outputs, Result, Routing, result_prefix
-from services.inference.targets import archive
-from services.inference.targets.archive import DicomWebArchive, HealthImaging
+from services.inference.targets import target
+from services.inference.targets.dicomweb import DicomWebTarget
+from services.inference.targets.healthimaging import HealthImaging
 from shared.dicomweb import DicomWeb
 from shared.errors import Claimed, Unavailable, Unprocessable
 from shared.messages import InferenceCompleted, InferenceFailed, InferenceOutput, InferenceRequested, InferenceSkipped
-from tests.inference.conftest import archives_of
+from shared.objects import ObjectStore
+from tests.inference.conftest import targets_of
 
 NOW = datetime(2026, 3, 4, tzinfo=UTC)
 
@@ -73,7 +75,7 @@ async def test_a_revision_that_is_not_there_can_never_be_routed(worker):
         await route(worker.ready(revision), **worker.for_route)
 
 
-async def test_a_request_becomes_one_result_in_the_archive(worker):
+async def test_a_request_becomes_one_result_at_its_target(worker):
     """The instance that the MAP made is in S3 and in HealthImaging, and the announcement says where."""
     revision = await worker.store_series()
     await infer(worker.request(revision), **worker.for_infer)
@@ -101,12 +103,40 @@ async def test_a_request_becomes_one_result_in_the_archive(worker):
     )
 
 
+class SlowUploads(ObjectStore):
+    """A store that uploads slowly, and looks at each `outputs.json` for what it names and is not there."""
+
+    def __init__(self, objects) -> None:
+        super().__init__(objects.client, objects.bucket)
+        self.missing: list[list[str]] = []
+
+    async def upload(self, path, key, *, media_type=None):
+        await asyncio.sleep(0.2)
+        await super().upload(path, key, media_type=media_type)
+
+    async def put_if_absent(self, key, body):
+        if key.endswith("/outputs.json"):
+            named = Outputs.model_validate_json(body)
+            keys = [one.key for one in (*named.outputs, *named.files)]
+            self.missing.append([one for one in keys if not await self.exists(one)])
+        return await super().put_if_absent(key, body)
+
+
+async def test_what_outputs_json_names_is_there_before_it(worker):
+    """The uploads end first: whoever finds `outputs.json` can push all that it names."""
+    objects = SlowUploads(worker.objects)
+    await infer(worker.request(await worker.store_series()), **(worker.for_infer | {"objects": objects}))
+
+    assert objects.missing == [[]]
+    assert worker.publish.events[0].data.n_outputs == 1
+
+
 async def test_results_of_deidentified_series_stay_in_s3(worker):
-    """No archive gets what belongs to nobody's study, whatever the route and the settings say."""
+    """No target gets what belongs to nobody's study, whatever the route and the settings say."""
     revision = (await worker.store_series()).model_copy(update={"deidentified": True})
     await worker.objects.put(revision.key, revision.body())
-    pushing = replace(worker.archives, originals=True)
-    await infer(worker.request(revision), **(worker.for_infer | {"archives": pushing}))
+    pushing = replace(worker.targets, originals=True)
+    await infer(worker.request(revision), **(worker.for_infer | {"targets": pushing}))
     (event,) = worker.publish.events
 
     assert (event.data.outcome, event.data.pushed_to, event.data.n_outputs) == ("completed", "s3", 1)
@@ -123,6 +153,35 @@ async def test_a_repeated_request_announces_the_same_event_and_runs_nothing(work
 
     assert await studies_run(worker.runner) == before
     assert worker.publish.events[0] == worker.publish.events[1]
+
+
+class Reading(ObjectStore):
+    """S3, which remembers what was read."""
+
+    def __init__(self, objects):
+        super().__init__(objects.client, objects.bucket)
+        self.keys = []
+
+    async def get(self, key):
+        self.keys.append(key)
+        return await super().get(key)
+
+
+async def test_what_is_known_is_not_read_again(worker):
+    """`outputs.json` is looked for before the lease and under it, and the revision is read once."""
+    revision = await worker.store_series()
+    objects = Reading(worker.objects)
+    everything = {"objects": objects, "targets": replace(worker.targets, originals=True)}
+    await infer(worker.request(revision), **(worker.for_infer | everything))
+    prefix = result_prefix(worker.request(revision).data)
+
+    assert objects.keys == [
+        f"{prefix}result.json",
+        f"{prefix}failure.json",
+        f"{prefix}outputs.json",
+        revision.key,
+        f"{prefix}outputs.json",
+    ]
 
 
 class Announced:
@@ -164,11 +223,11 @@ async def test_two_workers_that_both_compute_make_one_result(worker):
     await asyncio.gather(computing, infer(requested, **second))
     instances = [key for key in await worker.keys(f"{prefix}attempts/") if key.endswith(".dcm")]
     outputs = Outputs.model_validate_json(await worker.objects.get(f"{prefix}outputs.json"))
-    in_archive = await worker.web.search_instances(revision.study_uid)
+    at_target = await worker.web.search_instances(revision.study_uid)
 
     assert len(instances) == 2, "the race that this test is about did happen"
     assert len({event.id for event in worker.publish.events}) == 1
-    assert [one["00080018"]["Value"][0] for one in in_archive] == [outputs.outputs[0].sop_instance_uid]
+    assert [one["00080018"]["Value"][0] for one in at_target] == [outputs.outputs[0].sop_instance_uid]
 
 
 async def test_after_a_crash_between_outputs_and_push_the_same_instances_are_pushed(worker):
@@ -176,9 +235,9 @@ async def test_after_a_crash_between_outputs_and_push_the_same_instances_are_pus
     revision = await worker.store_series()
     async with aiohttp.ClientSession() as session:
         # Nothing listens on the discard port: the attempt ends where a killed worker would have.
-        closed = archives_of(DicomWebArchive(DicomWeb("http://127.0.0.1:9/datastore/none", session=session)))
+        closed = targets_of(DicomWebTarget(DicomWeb("http://127.0.0.1:9/datastore/none", session=session)))
         with pytest.raises(Unavailable):
-            await infer(worker.request(revision), **(worker.for_infer | {"archives": closed}))
+            await infer(worker.request(revision), **(worker.for_infer | {"targets": closed}))
     prefix = result_prefix(worker.request(revision).data)
     stored = Outputs.model_validate_json(await worker.objects.get(f"{prefix}outputs.json"))
     before = await studies_run(worker.runner)
@@ -225,7 +284,7 @@ async def test_a_request_for_a_map_that_this_worker_lacks_is_given_back(worker):
 
 
 async def test_what_another_worker_computed_is_pushed_only_by_one_that_has_the_map(worker):
-    """Where results go, the MAP's route says: without it nothing is pushed to the worker's own archive."""
+    """Where results go, the MAP's route says: without it nothing is pushed to the worker's own target."""
     revision = await worker.store_series()
     requested = worker.request(revision)
     outputs = Outputs(attempt="0" * 32, outputs=(), files=(), duration_s=1, device="cpu", time=requested.time)
@@ -282,7 +341,7 @@ async def test_output_that_cannot_be_pushed_is_a_failure(worker, wish, reason_co
     assert await worker.web.search_instances(revision.study_uid) == []
 
 
-async def test_instances_that_the_archive_refuses_are_a_failure(worker):
+async def test_instances_that_the_target_refuses_are_a_failure(worker):
     """A refusal will not change, so the request ends with it."""
     revision = await worker.store_series()
     requested = worker.request(revision)
@@ -299,8 +358,8 @@ async def test_instances_that_the_archive_refuses_are_a_failure(worker):
 
 
 async def test_a_result_that_dicomweb_does_not_show_is_a_failure(worker, series_files, monkeypatch):
-    """What conflicts with the study in the archive becomes non-primary there: the failure names what conflicts."""
-    monkeypatch.setattr(archive, "LOOK_PAUSE_S", 0.001)
+    """What conflicts with the study at the target becomes non-primary there: the failure names what conflicts."""
+    monkeypatch.setattr(target, "LOOK_PAUSE_S", 0.001)
     revision = await worker.store_series()
     (other,) = series_files(n=1, StudyInstanceUID=revision.study_uid, PatientID="another-id")
     await worker.web.store([other])
@@ -312,14 +371,14 @@ async def test_a_result_that_dicomweb_does_not_show_is_a_failure(worker, series_
     assert not await worker.objects.exists(f"{result_prefix(event.data)}result.json")
 
 
-async def test_a_result_that_the_archive_does_not_find_is_pushed_again_later(worker, clients, monkeypatch):
+async def test_a_result_that_the_target_does_not_find_is_pushed_again_later(worker, clients, monkeypatch):
     """No image set is no result: nothing is announced, and a repeat pushes the same instances where they belong."""
-    monkeypatch.setattr(archive, "LOOK_PAUSE_S", 0.001)
+    monkeypatch.setattr(target, "LOOK_PAUSE_S", 0.001)
     revision = await worker.store_series()
     empty = await clients.medical_imaging.create_datastore(datastoreName="empty", clientToken="empty")
-    elsewhere = archives_of(HealthImaging(worker.web, clients.medical_imaging, empty["datastoreId"]))
+    elsewhere = targets_of(HealthImaging(worker.web, clients.medical_imaging, empty["datastoreId"]))
     with pytest.raises(Unavailable, match="does not show"):
-        await infer(worker.request(revision), **(worker.for_infer | {"archives": elsewhere}))
+        await infer(worker.request(revision), **(worker.for_infer | {"targets": elsewhere}))
 
     assert worker.publish.events == []
 
@@ -330,13 +389,13 @@ async def test_a_result_that_the_archive_does_not_find_is_pushed_again_later(wor
     assert len(await worker.web.search_instances(revision.study_uid)) == 1
 
 
-async def test_an_archive_that_does_not_know_us_is_asked_again_later(worker):
+async def test_a_target_that_does_not_know_us_is_asked_again_later(worker):
     """A wrong address or a missing permission is ours to mend, so the work is not given up."""
     revision = await worker.store_series()
     async with aiohttp.ClientSession() as session:
-        unsigned = archives_of(DicomWebArchive(DicomWeb(worker.web._base_url[:-4] + "ffff", session=session)))
+        unsigned = targets_of(DicomWebTarget(DicomWeb(worker.web._base_url[:-4] + "ffff", session=session)))
         with pytest.raises(Unavailable, match="refused with HTTP 40"):
-            await infer(worker.request(revision), **(worker.for_infer | {"archives": unsigned}))
+            await infer(worker.request(revision), **(worker.for_infer | {"targets": unsigned}))
 
     assert worker.publish.events == []
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from pydicom import dcmread
 
-from services.inference.__main__ import open_archives, serve
+from services.inference.__main__ import serve
 from services.inference.settings import InferenceSettings
-from services.inference.targets.archive import Instance
+from services.inference.targets.configured import open_targets
+from services.inference.targets.target import Instance
 from shared.config import Misconfigured
 from shared.metrics import Metrics
 from shared.objects import ObjectStore
@@ -37,7 +38,7 @@ async def test_a_routing_table_that_is_not_there_is_told(aws, local_aws, maps_fi
     assert "RADQUEUE_MAPS_FILE" in await refusal(aws, maps_file=maps_file, datastore_id=local_aws.datastore_id)
 
 
-async def test_an_archive_that_is_not_set_is_told(aws, local_aws, maps_file):
+async def test_a_target_that_is_not_set_is_told(aws, local_aws, maps_file):
     """A MAP whose results are to go where the worker cannot push is found out at the start, and so is the default."""
     Path(maps_file).write_text(MAPS.replace("when:", "push: dicomweb, when:"))
     by_route = await refusal(aws, maps_file=maps_file, datastore_id=local_aws.datastore_id)
@@ -64,19 +65,19 @@ async def test_a_map_that_cannot_be_imported_is_told(aws, local_aws, maps_file, 
     assert said == "maps.yaml: never-served: cannot be imported (raised ModuleNotFoundError app.py:1)."
 
 
-async def test_another_archive_takes_results_without_healthimaging(aws, local_aws, dicom_bytes, tmp_path):
+async def test_a_pacs_takes_results_without_healthimaging(aws, local_aws, dicom_bytes, tmp_path):
     """With a DICOMweb URL nothing is asked of HealthImaging's own API, and results carry no image set."""
     url = f"{local_aws.endpoint_url}/datastore/{local_aws.datastore_id}"
     settings = InferenceSettings(dicomweb_url=url, dicomweb_username="me", dicomweb_password="secret")
     (tmp_path / "a.dcm").write_bytes(dicom_bytes())
     made = dcmread(tmp_path / "a.dcm")
     uids = made.StudyInstanceUID, made.SeriesInstanceUID, made.SOPInstanceUID
-    async with open_archives(settings, aws, ObjectStore(aws.s3, local_aws.bucket)) as archives:
-        archive, originals = archives.of(None)
-        image_sets = await archive.push([Instance(tmp_path / "a.dcm", *uids)])
-        shown = await archive.shown(*uids[:2])
+    async with open_targets(settings, aws, ObjectStore(aws.s3, local_aws.bucket)) as targets:
+        target, originals = targets.of(None)
+        image_sets = await target.push([Instance(tmp_path / "a.dcm", *uids)])
+        shown = await target.shown(*uids[:2])
 
-    assert (archive.target, originals) == ("dicomweb", False)
+    assert (target.name, originals) == ("dicomweb", False)
     assert image_sets == {made.SeriesInstanceUID: None}
     assert shown == {made.SOPInstanceUID}
     assert "secret" not in repr(settings)

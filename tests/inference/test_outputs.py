@@ -77,7 +77,7 @@ def test_a_missing_attribute_equals_an_empty_one(tmp_path, folders, series_files
 
 
 def test_an_instance_under_a_uid_of_the_source_is_refused(folders):
-    """A result that names itself as its source would replace it in the archive."""
+    """A result that names itself as its source would replace it at the target."""
     sources, output, content = folders
     derive(content, output / "a.dcm", SOPInstanceUID=pydicom.dcmread(sources[1]).SOPInstanceUID)
     with pytest.raises(OutputRefused) as caught:

@@ -87,7 +87,7 @@ def ct_files(tmp_path) -> list[bytes]:
 
 
 async def test_a_settled_series_becomes_a_segmentation_in_healthimaging(worker, environ, queues, ct_files, tmp_path):
-    """One message leads to a SEG in the archive and an event; the worker stops in order, and names no patient."""
+    """One message leads to a SEG at the target and an event; the worker stops in order, and names no patient."""
     revision = await worker.store_series(files=ct_files)
     queues.send(worker.ready(revision))
     with running(environ) as process:
@@ -113,7 +113,7 @@ async def test_a_settled_series_becomes_a_segmentation_in_healthimaging(worker, 
 async def test_a_worker_that_is_killed_between_outputs_and_push_leaves_its_instances_to_the_next(
     worker, environ, queues, ct_files
 ):
-    """The first worker's archive does not answer, and SIGKILL ends it; the second pushes what the first one made."""
+    """The first worker's target does not answer, and SIGKILL ends it; the second pushes what the first one made."""
     revision = await worker.store_series(files=ct_files)
     queues.send(worker.ready(revision))
     prefix = routing_prefix(worker.ready(revision).data)
@@ -125,12 +125,12 @@ async def test_a_worker_that_is_killed_between_outputs_and_push_leaves_its_insta
     outputs = Outputs.model_validate_json(await worker.objects.get(prefix + made[0]))
     with running(environ):
         event = await queues.receive("reporting")
-    in_archive = await worker.web.search_instances(revision.study_uid)
+    at_target = await worker.web.search_instances(revision.study_uid)
     attempts = {key.split("/")[2] for key in await worker.keys(prefix) if "/attempts/" in key}
 
     assert process.returncode == -signal.SIGKILL
     assert [one.sop_instance_uid for one in event.data.outputs] == [one.sop_instance_uid for one in outputs.outputs]
-    assert [one["00080018"]["Value"][0] for one in in_archive] == [one.sop_instance_uid for one in outputs.outputs]
+    assert [one["00080018"]["Value"][0] for one in at_target] == [one.sop_instance_uid for one in outputs.outputs]
     assert len(attempts) == 1
 
 

@@ -7,14 +7,14 @@ from typing import get_args
 from services.inference import outputs
 from services.inference.reasons import REASONS, explained
 from services.inference.serving.runner import Outcome
-from services.inference.targets import archive
+from services.inference.targets import dicomweb, healthimaging, import_job, stow, target
 
 
 def test_every_reason_is_explained_and_no_other():
-    """What the runner, the check of outputs and the archives give has words and a remedy, in whole sentences."""
+    """What the runner, the check of outputs and the targets give has words and a remedy, in whole sentences."""
     raised = {
         node.args[0].value
-        for module in (outputs, archive)
+        for module in (outputs, dicomweb, healthimaging, import_job, stow, target)
         for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Call)
         and getattr(node.func, "id", "") in {"OutputRefused", "PushRejected"}

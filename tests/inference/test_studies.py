@@ -188,7 +188,7 @@ async def test_a_late_series_makes_a_new_request_that_supersedes_the_first(worke
     clock.pass_s(120)
     await settle(publish.of(StudySettling)[-1], **given)
     early, whole = publish.of(InferenceRequested)
-    superseded = [await stable_studies.is_superseded(asked.data, worker.objects) for asked in (early, whole)]
+    superseded = [await stable_studies.is_superseded(asked.data, objects=worker.objects) for asked in (early, whole)]
     await infer(early, **(worker.for_infer | {"maps": given["maps"]}))
 
     assert [len(asked.data.inputs) for asked in (early, whole)] == [1, 2]

@@ -6,6 +6,7 @@ import textwrap
 import threading
 import time
 import uuid
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -18,9 +19,14 @@ from services.inference.__main__ import open_ecr, serve
 from services.inference.package.engine import Inspected
 from services.inference.package.manifests import Needs
 from services.inference.serving import gpus
+from services.inference.serving.bounds import serving_of
+from services.inference.serving.fleet import Fleet
 from services.inference.serving.gpus import MIB, Gpu, Share
+from services.inference.serving.place import Place
 from services.inference.serving.runner import MapRunner, Run, Study
-from services.inference.serving.versions import Fleet, Place, Rejection, Served, Sources, serving_of
+from services.inference.serving.sources import Sources
+from services.inference.serving.table import WatchedTable
+from services.inference.serving.versions import Rejection, Served, Versions
 from services.inference.settings import InferenceSettings
 from shared.child import ChildFailed
 from shared.config import Misconfigured
@@ -108,8 +114,13 @@ async def start(worker, clients, folder):
         found = Sources(folder.root, lambda region: open_ecr(clients, region), **sources)
         cloudwatch = Remembered()
         metrics = Metrics(cloudwatch)
-        told = worker.archives, worker.objects, worker.publish, metrics, lambda: NOW
-        fleet = Fleet(table, found, *told, Share(folder.root / "gpus", ()))
+        fleet = Fleet(
+            table=WatchedTable(place=table, require=worker.targets.require, metrics=metrics),
+            sources=found,
+            versions=Versions(objects=worker.objects, publish=worker.publish, clock=lambda: NOW),
+            gpus=Share(folder.root / "gpus", ()),
+            metrics=metrics,
+        )
         await fleet.begin()
         serving = {name: serving_of(one.route) for name, one in fleet.maps.items()}
         runner = MapRunner((one.map for one in fleet.maps.values()), serving=serving)
@@ -247,7 +258,8 @@ async def test_a_version_that_comes_back_is_another_event(worker, start, folder)
     texts = [GOOD + "# better\n", GOOD, GOOD + "# better\n"]
     for days, text in enumerate(texts):
         for hours, one in enumerate((first, second)):
-            one.fleet.clock = lambda days=days, hours=hours: NOW + timedelta(days=days, hours=hours)
+            now = NOW + timedelta(days=days, hours=hours)
+            one.fleet.versions = replace(one.fleet.versions, clock=lambda now=now: now)
         folder.program(text)
         await first.fleet.look(first.runner)
         await second.fleet.look(second.runner)

@@ -5,10 +5,13 @@ import io
 import stat
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import pytest
 
-from services.ingest.archive import ZipCaps, unpack
+from services.ingest import archive
+from services.ingest.archive import unpack
+from services.ingest.protocol import ZipCaps
 from shared.errors import Unprocessable
 
 CAPS = ZipCaps(entries=20, unpacked_bytes=1 << 26, ratio=50)
@@ -71,6 +74,41 @@ def test_an_archive_beyond_its_caps_is_refused_whole(unpacked, maker, make_part_
         unpacked(make_zip({"a": image, "b": image}), caps)
 
     assert raised.value.reason_code == "zip_too_large"
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+def test_an_archive_of_just_its_caps_is_taken(unpacked, make_zip, kind):
+    """As many members, and as many bytes together, as the caps say are taken; one more of either is refused."""
+    names = {"a": b"\1" * 600, "b": b"\2" * 400}
+    packed = {"zip": make_zip, "tar": tar_of, "tar.gz": lambda names: gzip.compress(tar_of(names))}
+    body = packed[kind](names)
+    members, folder = unpacked(body, ZipCaps(entries=2, unpacked_bytes=1000, ratio=50))
+
+    assert [(folder / str(member.number)).read_bytes() for member in members] == list(names.values())
+    for entries, unpacked_bytes in ((1, 1000), (2, 999)):
+        with pytest.raises(Unprocessable, match="zip_too_large"):
+            unpacked(body, ZipCaps(entries, unpacked_bytes, ratio=50))
+
+
+@pytest.mark.parametrize(("more", "reason_code"), [(0, None), (1, "zip_ratio")])
+def test_a_member_of_just_the_ratio_is_taken(unpacked, make_zip, monkeypatch, more, reason_code):
+    """The ratio is the largest that is taken."""
+    monkeypatch.setattr(archive, "RATIO_FROM_BYTES", 1000)
+    ((member,), _) = unpacked(make_zip({"a": b"\1" * (1000 + more)}), replace(CAPS, ratio=1))
+
+    assert member.reason_code == reason_code
+
+
+def test_a_gzipped_tar_of_just_the_ratio_is_taken(unpacked, monkeypatch):
+    """The ratio of a gzipped tar is asked of it whole, headers included."""
+    body = tar_of({"a": b"\1" * 600})
+    monkeypatch.setattr(archive, "RATIO_FROM_BYTES", len(body))
+    members, _ = unpacked(gzip.compress(body), replace(CAPS, ratio=1))
+
+    assert [member.reason_code for member in members] == [None]
+    monkeypatch.setattr(archive, "RATIO_FROM_BYTES", len(body) - 1)
+    with pytest.raises(Unprocessable, match="zip_ratio"):
+        unpacked(gzip.compress(body), replace(CAPS, ratio=1))
 
 
 def test_a_zip_in_a_zip_is_not_opened(unpacked, make_zip):

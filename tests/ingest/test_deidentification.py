@@ -9,6 +9,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
+from services.ingest import deidentification
 from services.ingest.datasets import BlankRule
 from services.ingest.deidentification import Option, deidentify, keyed_uid, pseudonym
 from services.ingest.deidentification.pixels import blank, burned_in_suspected, clear_unused_bits
@@ -136,6 +137,25 @@ def test_one_patient_keeps_one_pseudonym_and_one_shift():
     assert first.StudyDate not in {"20240229", other.StudyDate}
 
 
+@pytest.mark.parametrize(("drawn", "days"), [(0, 1), (3649, 3650), (3650, 1)])
+def test_dates_are_shifted_into_the_past(monkeypatch, drawn, days):
+    """A shift goes back by one day to ten years, never forward: no image comes to lie in the future."""
+    monkeypatch.setattr(deidentification, "_keyed", lambda *_: drawn.to_bytes(4, "big") * 8)
+    dataset = dataset_of(StudyDate="20240229", AcquisitionDateTime="20240229101112")
+    deidentify(dataset, [Option.RETAIN_MODIFIED_DATES], SECRET)
+
+    assert _days("20240229") - _days(dataset.StudyDate) == days
+    assert _days("20240229") - _days(dataset.AcquisitionDateTime[:8]) == days
+
+
+def test_a_date_that_cannot_be_shifted_back_is_removed():
+    """Before the year 1 there is no date."""
+    dataset = dataset_of(StudyDate="00010101")
+    deidentify(dataset, [Option.RETAIN_MODIFIED_DATES], SECRET)
+
+    assert "StudyDate" not in dataset
+
+
 def _days(text):
     return date.fromisoformat(str(text)).toordinal()
 
@@ -213,6 +233,20 @@ def test_a_safe_private_element_stays_with_its_creator():
     kept = dataset.private_block(0x7053, "Philips PET Private Group")
     assert kept[0x00].value == 0.5
     assert 0x01 not in kept
+
+
+def test_the_upper_half_of_a_safe_private_block_is_the_lists_own():
+    """What stays is told by all eight bits of the place in the block: 9E is listed, A3 is not, though 23 is."""
+    dataset = dataset_of()
+    block = dataset.private_block(0x0019, "GEMS_ACQU_01", create=True)
+    block.add_new(0x23, "DS", "0.5")
+    block.add_new(0x9E, "LO", "SE")
+    for place in (0x1E, 0x80, 0xA3, 0xA4, 0xFF):
+        block.add_new(place, "DS", "77")
+    deidentify(dataset, [Option.RETAIN_SAFE_PRIVATE], SECRET)
+    private = {tag.element: dataset[tag].value for tag in dataset.keys() if tag.is_private}  # noqa: SIM118 - as below
+
+    assert private == {0x0010: "GEMS_ACQU_01", 0x1023: 0.5, 0x109E: "SE"}
 
 
 def test_a_safe_private_element_without_a_vr_is_read_by_that_of_the_list():

@@ -81,6 +81,16 @@ def test_irregular_stacks_are_named(depths, verdict, expected, n_sets):
     assert (geometry.verdict, geometry.n_sets, geometry.n_positions) == (verdict, n_sets, len(set(depths)))
 
 
+@pytest.mark.parametrize(("last", "n_gaps"), [(6.99, 0), (7, 1)])
+def test_a_gap_begins_at_one_and_a_half_medians(last, n_gaps):
+    """A step of exactly 1.5 times the median is a gap; a shorter one is uneven and no more."""
+    geometry, _, warnings = survey(stack([0, 2, 4, last]))
+
+    assert (geometry.spacing_mm, geometry.n_gaps) == (2.0, n_gaps)
+    assert geometry.verdict == ("gaps" if n_gaps else "uneven")
+    assert ("missing_slices" in warnings) == bool(n_gaps)
+
+
 def test_mixed_slices_are_split_into_stacks():
     """Slices of another size, spacing or direction are a stack of their own, and the largest stack is measured."""
     slices = stack([0, 2, 4, 6, 8, 10] * 4)
@@ -143,6 +153,8 @@ def plane(normal, n):
     ("slices", "verdict"),
     [
         ([*plane("x", 3), *plane("y", 3), *plane("z", 3)], "localizer"),
+        ([*plane("x", 15), *plane("y", 3)], "localizer"),
+        ([*plane("x", 16), *plane("y", 3)], "mixed"),
         ([*plane("x", 40), *plane("y", 3)], "mixed"),
         ([replace(item, localizer=True) for item in plane("z", 1)], "localizer"),
         ([*plane("z", 20), replace(plane("x", 1)[0], localizer=True)], "mixed"),

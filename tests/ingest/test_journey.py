@@ -341,6 +341,15 @@ async def test_too_large_an_object_is_refused_where_it_lies(bench, maker, make_p
     assert await bench.objects.exists("incoming/lung/a.dcm")
 
 
+async def test_an_object_of_just_the_limit_is_taken(bench, maker, make_part_10):
+    """The limit is the largest size that is taken."""
+    body = make_part_10(maker.ct())
+    limited = bench.ports.settings.model_copy(update={"max_upload_bytes": len(body)})
+    await handle_uploads(await bench.upload("incoming/lung/a.dcm", body), ports=replace(bench.ports, settings=limited))
+
+    assert bench.published.of(UploadRejected) == []
+
+
 async def test_a_series_without_images_has_no_array(bench, maker, make_part_10):
     """A structured report passes through to routing, without geometry and without array."""
     report = maker.ct(Modality="SR", SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,10 @@ def quarantine(local_aws):
     """Run `radqueue quarantine …` and return its exit code and what it printed."""
 
     def run(*arguments):
-        done = CliRunner(env=local_aws.environ).invoke(app, ["quarantine", *arguments])
+        # In a thread, as a process of its own: the tests have an event loop, and the command line runs one.
+        runner = CliRunner(env=local_aws.environ)
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(runner.invoke, app, ["quarantine", *arguments]).result()
         return done.exit_code, done.output
 
     return run

@@ -2,6 +2,7 @@
 
 import io
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from pydicom.filewriter import dcmwrite
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from services.ingest.reading import Caps, looks_like_dicom, normalise, noted_in
+from services.ingest.protocol import Caps
+from services.ingest.reading import looks_like_dicom, normalise, noted_in
 from services.ingest.reasons import REASONS, WARNINGS
 from shared.dicom import sha_of
 from shared.errors import Unprocessable
+from tests.examples import examples
 
 CAPS = Caps(inflated=1 << 24, pixels=1 << 24)
 
@@ -196,6 +199,19 @@ def test_a_deflated_bomb_is_stopped(maker):
     assert refusal(meta + deflated[:1000]) in {"truncated", "too_large"}
 
 
+def test_a_deflated_data_set_of_just_the_limit_is_read(maker):
+    """The limit is the largest size that is taken, not the smallest that is refused."""
+    dataset = _written(maker.ct(), ExplicitVRLittleEndian)
+    start = data_set_at(dataset)
+    meta = dataset[:start].replace(b"\x14\0" + b"1.2.840.10008.1.2.1\0", b"\x16\0" + b"1.2.840.10008.1.2.1.99")
+    deflating = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    upload = meta + deflating.compress(dataset[start:]) + deflating.flush()
+    n_bytes = len(dataset) - start
+
+    assert normalise(upload, replace(CAPS, inflated=n_bytes)) is not None
+    assert refusal(upload, replace(CAPS, inflated=n_bytes - 1)) == "too_large"
+
+
 def test_zeros_behind_the_data_set_are_dropped(maker, make_part_10):
     """Padding that some writers leave is no reason to refuse."""
     found, _ = normalise(make_part_10(maker.ct()) + b"\0" * 64, CAPS)
@@ -265,7 +281,7 @@ def test_deep_nesting_ends_in_an_error_not_in_a_crash(maker, make_part_10):
 
 
 @given(cut=st.integers(min_value=1, max_value=1400))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_short_is_never_taken(maker, make_part_10, cut):
     """Wherever a file ends too early, it is refused with a code that is documented."""
     upload = make_part_10(maker.ct(0))
@@ -274,7 +290,7 @@ def test_a_file_cut_short_is_never_taken(maker, make_part_10, cut):
 
 
 @given(edits=st.lists(st.tuples(st.integers(128, 900), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_file_is_taken_or_refused(maker, make_part_10, edits):
     """Whatever bytes are changed, the outcome is an instance with known warnings, or a code that is documented."""
     upload = bytearray(make_part_10(maker.ct(0)))

@@ -230,7 +230,8 @@ class SqsModel:
             )
         timeout = int(queue.settings.get("VisibilityTimeout", 30)) if visibility_s is None else visibility_s
         _check_visibility(timeout)
-        now, taken = self.now(), []
+        now = self.now()
+        taken: list[tuple[Stored, str]] = []
         for message in sorted(queue.messages.values(), key=lambda one: (one.visible_at, one.serial)):
             if message.visible_at > now or len(taken) == wanted:
                 break
@@ -258,7 +259,8 @@ class SqsModel:
         serial, receives = _parse_handle(queue, handle)
         message = queue.messages.get(serial)
         if message is None or message.receives != receives:
-            self.record("delete_without_effect", queue.name, message and message.message_id, handle_receives=receives)
+            message_id = message.message_id if message is not None else None
+            self.record("delete_without_effect", queue.name, message_id, handle_receives=receives)
             return
         if message.visible_at <= self.now():
             raise _invalid_value(

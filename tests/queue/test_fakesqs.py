@@ -9,6 +9,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.queue.fakesqs import FakeSqs, Fault, throttled
 from tests.queue.sqsmodel import LONGEST_LEASE_S, SqsModel
 from tests.queue.virtualtime import virtual_time
@@ -358,7 +359,7 @@ async def test_what_does_not_exist_and_what_is_out_of_range_is_refused():
             assert code_of(refused) == "InvalidParameterValue"
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=examples(200), derandomize=True, deadline=None)
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(["send", "receive", "delete", "extend", "wait"]), st.integers(0, 5)), max_size=40

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shared.errors import Unavailable, Unprocessable
 from shared.messages import decode
+from tests.examples import examples
 from tests.queue.fakesqs import Fault
 from tests.queue.sqsmodel import ACCOUNT, Stored, StoredQueue
 from tests.queue.virtualtime import VirtualLoop, virtual_clocks
@@ -257,7 +258,7 @@ async def _ended(tasks) -> None:
 
 TestQueue = QueueMachine.TestCase
 TestQueue.settings = settings(
-    max_examples=25,
+    max_examples=examples(125),
     stateful_step_count=25,
     derandomize=True,
     deadline=None,

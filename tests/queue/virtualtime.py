@@ -25,10 +25,13 @@ import os
 import selectors
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 from unittest.mock import patch
 
+Arguments = TypeVarTuple("Arguments")
+Returned = TypeVar("Returned")
 LOOKS = 3
 """Looks at the sockets before each jump."""
 DEADLOCK_S = 5.0
@@ -46,7 +49,7 @@ class Endless(Exception):  # noqa: N818 - it states a fact about the test
     """Timers start one another for ever."""
 
 
-class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+class _JumpingSelector(selectors.DefaultSelector):
     """Waits by setting the clock forward."""
 
     def __init__(self) -> None:
@@ -91,7 +94,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Return virtual seconds since the loop was made."""
         return self._jumping.now
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[*Arguments], Returned], *args: *Arguments
+    ) -> "asyncio.Future[Returned]":
         """Run `func` in a thread; the clock stands still until it is done."""
         future = super().run_in_executor(executor, func, *args)
         self._jumping.in_executor += 1
@@ -100,7 +105,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the base class has it
         """Wait for the threads in real time: a virtual timeout would be over at once."""
-        executor = self._default_executor
+        executor = self._default_executor  # type: ignore[attr-defined]  # BaseEventLoop's own, in no stub
         if executor is not None:
             executor.shutdown(wait=True)
 

@@ -210,7 +210,13 @@ def whole_month() -> list[Event]:
         training_round("thorax-32", number, found, time=MAY + timedelta(hours=number), learningRate=rate)
         for number, found, rate in thorax
     ]
-    shown = {"emaDecay": 0.999, "r1Weight": 10.0, "channels": 64, "augment": True, "loss": "relativistic-softplus"}
+    shown: dict[str, float | str | bool] = {
+        "emaDecay": 0.999,
+        "r1Weight": 10.0,
+        "channels": 64,
+        "augment": True,
+        "loss": "relativistic-softplus",
+    }
     events.append(training_completed("thorax-32", 4, 1.72, time=MAY + timedelta(hours=5), learningRate=5e-5, **shown))
     knee = ((1, 140.0), (2, 61.0), (3, 14.2), (4, 5.9), (5, 4.4))
     events += [

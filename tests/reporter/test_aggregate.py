@@ -38,6 +38,32 @@ def test_a_repeat_counts_once():
     assert (report.n_events, report.n_repeats) == (2, 2)
 
 
+def test_counts_are_ordered_by_number_then_by_name():
+    """The most frequent comes first, and of equals the first by name, whatever the order of the events."""
+    rejected = ["truncated", "not_dicom", "too_large", "not_dicom"]
+    skipped = ["PT", "MR", "CT", "PT"]
+    failed = ["no_output", "deadline", "crashed", "no_output"]
+    events = [
+        *(upload_rejected(number, reason) for number, reason in enumerate(rejected)),
+        *(inference_skipped(number, modality=modality) for number, modality in enumerate(skipped)),
+        *(series_ready(number, modality=modality) for number, modality in enumerate(skipped)),
+        *(inference_failed(number, reason) for number, reason in enumerate(failed)),
+        inference_failed(9, "silent", name="another"),
+        inference_completed(10, 1.0),
+        *(training_failed(f"t-{number}", reason) for number, reason in enumerate(failed)),
+    ]
+
+    for report in (report_of(*events), report_of(*reversed(events))):
+        assert list(report.rejections_by_reason.items()) == [("not_dicom", 2), ("too_large", 1), ("truncated", 1)]
+        assert list(report.skipped_by_modality.items()) == [("PT", 2), ("CT", 1), ("MR", 1)]
+        assert list(report.series.by_modality.items()) == [("PT", 2), ("CT", 1), ("MR", 1)]
+        of_map, of_all = report.inference[1], report.failures_by_reason
+        assert list(of_map.outcomes.items()) == [("failed", 4), ("completed", 1)]
+        assert list(of_map.failures_by_reason.items()) == [("no_output", 2), ("crashed", 1), ("deadline", 1)]
+        assert list(of_all["inference"]) == ["no_output", "crashed", "deadline", "silent"]
+        assert list(of_all["training"]) == ["no_output", "crashed", "deadline"]
+
+
 def test_an_event_belongs_to_the_utc_month_of_its_own_time():
     """An event at 01:00 on 1 June in Berlin is one of May."""
     berlin = timezone(timedelta(hours=2))

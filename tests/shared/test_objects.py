@@ -72,6 +72,19 @@ async def test_a_large_file_is_streamed_in_parts_and_comes_back_equal(objects, p
     assert copy.read_bytes() == source.read_bytes()
 
 
+@pytest.mark.parametrize("largest", [10, 25], ids=["in parts", "in one"])
+async def test_a_copy_is_the_same_object(objects, prefix, monkeypatch, largest):
+    """A copy has the bytes and the type of its source, however it is made; of nothing there is none."""
+    monkeypatch.setattr("shared.objects.LARGEST_COPY_BYTES", largest * 1024 * 1024)
+    monkeypatch.setattr("shared.objects.COPIED_PART_BYTES", 5 * 1024 * 1024)
+    await objects.put(prefix + "source.json", bytes(range(256)) * (12 * 4096) + b"the rest")
+    await objects.copy(prefix + "source.json", prefix + "copy.json")
+
+    assert await objects.get(prefix + "copy.json") == await objects.get(prefix + "source.json")
+    with pytest.raises(ObjectMissing):
+        await objects.copy(prefix + "nothing", prefix + "copy.json")
+
+
 async def test_a_connection_that_breaks_in_a_body_is_unavailable(aws, local_aws, monkeypatch):
     """A truncated object is never taken for the whole, and is no bug: the message comes again."""
 

@@ -22,6 +22,7 @@ from shared.idempotency import once, store_once, stored
 from shared.messages import ReportRequest, ReportRequested
 from shared.objects import ObjectMissing, ObjectStore
 from shared.queue import circuit, consume, receive_count
+from tests.examples import examples
 from tests.queue.virtualtime import virtual_time
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -45,7 +46,7 @@ def prefix() -> str:
 def do_once(objects, prefix, work, *, lease_s=60.0, clock=lambda: datetime.now(UTC)):
     """Do it, with the record and the claim under `prefix`."""
     claim = f"{prefix}claim.json"
-    return once(objects, f"{prefix}made.json", Made, work, claim=claim, lease_s=lease_s, clock=clock)
+    return once(f"{prefix}made.json", Made, work, objects=objects, claim=claim, lease_s=lease_s, clock=clock)
 
 
 def making(by: str):
@@ -89,8 +90,8 @@ async def test_what_is_done_is_given_and_not_done_again(objects, prefix):
 
 async def test_the_first_record_stays(objects, prefix):
     """Of two records under one key the first one counts, for both who stored."""
-    first = await store_once(objects, f"{prefix}made.json", Made(by="first"))
-    second = await store_once(objects, f"{prefix}made.json", Made(by="second"))
+    first = await store_once(f"{prefix}made.json", Made(by="first"), objects=objects)
+    second = await store_once(f"{prefix}made.json", Made(by="second"), objects=objects)
 
     assert first == second == Made(by="first")
 
@@ -102,7 +103,7 @@ async def test_what_is_no_record_is_handed_back_and_can_be_done_again(objects, p
         return None
 
     assert await do_once(objects, prefix, nothing) is None
-    assert await stored(objects, f"{prefix}made.json", Made) is None
+    assert await stored(f"{prefix}made.json", Made, objects=objects) is None
     assert await do_once(objects, prefix, making("later")) == Made(by="later")
     assert (await claim_of(objects, prefix))["epoch"] == 2
 
@@ -149,7 +150,7 @@ async def test_who_waited_for_the_claim_finds_what_its_last_owner_stored(objects
     class Overtaken(ObjectStore):
         async def get_with_etag(self, key):
             if key.endswith("claim.json"):
-                await store_once(objects, f"{prefix}made.json", Made(by="the last owner"))
+                await store_once(f"{prefix}made.json", Made(by="the last owner"), objects=objects)
             return await super().get_with_etag(key)
 
     late = Overtaken(objects._s3, objects.bucket)
@@ -276,7 +277,7 @@ async def test_an_owner_that_was_suspended_past_its_claim_loses(local_aws, objec
             owner.kill()
 
     assert began.strip() == "working"
-    assert made == await stored(objects, f"{prefix}made.json", Made) == Made(by="successor")
+    assert made == await stored(f"{prefix}made.json", Made, objects=objects) == Made(by="successor")
     assert ended.strip() in {"Claimed", "successor"}
     assert (await claim_of(objects, prefix))["epoch"] == 2
 
@@ -577,7 +578,7 @@ class World:
                 return
 
 
-@settings(max_examples=200, deadline=None, print_blob=True)
+@settings(max_examples=examples(200), deadline=None, print_blob=True)
 @given(st.integers(0, 2**32), st.floats(0, 0.3), st.sampled_from([0.0, 0.0, 1.0]))
 def test_any_interleaving_makes_one_record(seed, faults, skewed):
     """Workers die and S3 fails at any place: one record, given to all; no epoch twice; never two at work in step."""

@@ -21,6 +21,7 @@ from services.trainer.data.manifest import (
 )
 from services.trainer.products.generation import image_grid
 from shared.errors import Unprocessable
+from tests.examples import examples
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
@@ -49,6 +50,15 @@ def test_only_the_newest_revision_of_a_series_counts():
     assert series_of(f"{two}.{'aa' * 16}.c1.npy") == "1.2.840.11"
 
 
+def test_of_two_arrays_stored_in_one_second_the_last_by_key_counts():
+    """S3 tells whole seconds: then every worker takes the same array, whatever the order of the listing."""
+    first, last = (f"datasets/d/1.2.840.1.{digest * 16}.c1.npy" for digest in ("aa", "bb"))
+
+    assert newest_revisions({first: NOON, last: NOON}) == [last]
+    assert newest_revisions({last: NOON, first: NOON}) == [last]
+    assert newest_revisions({last: NOON, first: NOON + timedelta(seconds=1)}) == [first]
+
+
 def test_files_that_ingest_did_not_make_are_series_of_their_own():
     """Names with dots that only look like a revision's never stand for one another."""
     keys = dict.fromkeys(
@@ -59,7 +69,7 @@ def test_files_that_ingest_did_not_make_are_series_of_their_own():
     assert series_of("folder/scan.001.axial.npy") == "folder/scan.001.axial"
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(150))
 @given(groups=st.lists(st.sampled_from("abcdefghijkl"), min_size=2, max_size=40))
 def test_no_patient_is_on_both_sides(groups):
     """All arrays of a patient are on one side, a quarter of the patients is kept back, in whatever order they come."""
@@ -74,7 +84,7 @@ def test_no_patient_is_on_both_sides(groups):
     assert manifest.n_images(held_out=True) + manifest.n_images(held_out=False) == 10 * len(groups)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(150))
 @given(patients=st.lists(st.tuples(st.sampled_from("abcdefghijkl"), st.sampled_from("xyz")), min_size=1, max_size=40))
 def test_a_class_of_two_patients_of_its_own_is_on_both_sides(patients):
     """Each class keeps back some of its patients and learns from others, and a patient stays whole."""

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from services.trainer import worker
+from services.trainer.config import DEFAULT_CONFIG
 from services.trainer.evaluation.evaluate import evaluate
 from services.trainer.evaluation.extractor import fetch_extractor
 from services.trainer.evaluation.features import RANDCONV
 from services.trainer.jsconfig import modify_config
-from services.trainer.rounds import DEFAULT_CONFIG
+from services.trainer.protocol import Evaluate, Extractor, Images, Train
 from services.trainer.settings import TrainerSettings
 from shared.config import Misconfigured, load
 from shared.messages import Evaluation
@@ -60,14 +61,14 @@ async def test_extractor_comes_from_s3_or_a_path_and_is_the_one_of_the_hash(aws,
 
     async def fetched(uri: str, sha256: str = sha256):
         environ = {"RADQUEUE_FEATURES_URI": uri, "RADQUEUE_FEATURES_SHA256": sha256}
-        return await fetch_extractor(load(TrainerSettings, environ), aws.s3)
+        return await fetch_extractor(load(TrainerSettings, environ), s3=aws.s3)
 
     found = await fetched(f"s3://{local_aws.bucket}/{key}")
 
     assert found != path
     assert (found.name, found.read_bytes()) == (path.name, path.read_bytes())
     assert await fetched(str(path)) == path
-    assert await fetch_extractor(TrainerSettings(), aws.s3) is None
+    assert await fetch_extractor(TrainerSettings(), s3=aws.s3) is None
     with pytest.raises(Misconfigured, match="RADQUEUE_FEATURES_URI: there is no such object"):
         await fetched(f"s3://{local_aws.bucket}/nothing.pt")
     with pytest.raises(Misconfigured, match="RADQUEUE_FEATURES_URI: S3: NoSuchBucket"):
@@ -93,12 +94,12 @@ def test_round_is_evaluated_in_the_space_of_the_settings(tmp_path, extractor, tr
     for name, n, seed in (("train", 40, 1), ("held_out", 16, 2)):
         np.save(tmp_path / f"{name}.npy", slices(n, seed)[:, 0].numpy())
     files = {side: [str(tmp_path / f"{side}.npy")] for side in ("train", "held_out")}
-    asked = {"images": files, "config": str(config), "out": str(tmp_path), "device": "cpu", "threads": 1}
-    asked["tell"] = lambda _: None
-    worker.train_round(**asked, checkpoint=None, until=3, checkpoint_s=60, stop=str(tmp_path / "stop"))
-    space = {"path": str(path), "sha256": sha256, "size": 32} if trained else None
-    reply = worker.evaluate_round(**asked, checkpoint=str(tmp_path / "checkpoint.pt"), extractor=space)
-    told = Evaluation.model_validate(reply["evaluation"])
+    asked = {"images": Images(**files), "config": str(config), "out": str(tmp_path), "device": "cpu", "threads": 1}
+    training = Train(**asked, checkpoint=None, until=3, checkpoint_s=60, stop=str(tmp_path / "stop"))
+    worker.train_round(training, lambda _: None)
+    space = Extractor(str(path), sha256, 32) if trained else None
+    judging = Evaluate(**asked, checkpoint=str(tmp_path / "checkpoint.pt"), extractor=space)
+    told = Evaluation.model_validate(worker.evaluate_round(judging).evaluation.model_dump())
 
     assert told.space == (f"pooled@{sha256[:12]}/d12" if trained else "randconv-v1/d8")
     assert (told.metric, told.n) == ("FD", 16)

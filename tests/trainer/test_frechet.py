@@ -10,6 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from services.trainer.evaluation.features import randconv_features
 from services.trainer.evaluation.frechet import calculate_fid, frechet_distance
+from tests.examples import examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +32,7 @@ def discs(n: int, seed: int, *, radius: float = 5.0, size: int = 16) -> torch.Te
 
 
 @given(seed=st.integers(0, 2**32 - 1), d=st.integers(2, 12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_equals_the_textbook_formula(seed, d):
     """With more images than features, the distance is that of the printed formula."""
     rng = np.random.default_rng(seed)

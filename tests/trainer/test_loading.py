@@ -68,7 +68,7 @@ class Machine:
     def load(self, dataset: str, *, request_id: str | None = None, cache_bytes: int = 10**9, **asked):
         request = TrainingRequest(request_id=request_id or f"r-{uuid.uuid4().hex}", dataset=dataset, **asked)
         settings = self.settings(cache_bytes=cache_bytes)
-        return loaded(request, f"models/{request.request_id}", self.objects, settings)
+        return loaded(request, f"models/{request.request_id}", settings, objects=self.objects)
 
     async def look(self, dataset: str, **asked):
         """Return what a training process is told, and the arrays themselves by side."""
@@ -356,14 +356,14 @@ async def test_a_message_cannot_make_the_trainer_read_elsewhere(uri, allowed):
     settings = TrainerSettings(**({"data_uris": allowed} if allowed else {}))
     request = TrainingRequest(request_id="r", dataset="d", data_uri=uri)
     with pytest.raises(CannotTrain, match="data_uri_not_allowed"):
-        await sources.source_of(request, None, settings)
+        await sources.source_of(request, settings, objects=None)
 
 
 async def test_an_address_without_its_library_is_told_so():
     """A scheme that is allowed and whose library is not there is refused, with what to install."""
     request = TrainingRequest(request_id="r", dataset="d", data_uri="nosuchscheme://x/y")
     with pytest.raises(CannotTrain, match="data_uri_not_installed"):
-        await sources.source_of(request, None, TrainerSettings(data_uris="nosuchscheme://"))
+        await sources.source_of(request, TrainerSettings(data_uris="nosuchscheme://"), objects=None)
 
 
 # What cannot be trained on.

@@ -5,6 +5,7 @@ import torch
 
 from services.trainer import run
 from services.trainer.checkpoints import Checkpoints
+from services.trainer.protocol import Saved
 from services.trainer.records import StoredPartial
 from shared.errors import Claimed, Continue, Unavailable
 from tests.trainer.trainers import TINY, document, requested
@@ -148,4 +149,4 @@ async def saved(checkpoints, folder, *, step) -> None:
     path = folder / f"{step}.pt"
     path.write_bytes(str(step).encode())
     async with checkpoints.stored():
-        checkpoints.told({"checkpoint": str(path), "step": step})
+        checkpoints.told(Saved(str(path), step))

@@ -35,7 +35,9 @@ async def by_jobs(aws, sagemaker, objects, start, monkeypatch):
 
     def made():
         trainer = start(objects)
-        trainer.worker = SageMaker(client, objects, trainer.worker, load(TrainerSettings, JOBS), poll_s=0.1)
+        trainer.worker = SageMaker(
+            load(TrainerSettings, JOBS), client=client, objects=objects, local=trainer.worker, poll_s=0.1
+        )
         return trainer
 
     return made

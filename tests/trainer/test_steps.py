@@ -31,7 +31,7 @@ async def test_the_state_machine_drives_the_loop(objects, start, dataset):
         elif state["Resource"].endswith("getObject"):
             replies = await document(objects, f"models/{asked['request_id']}/step.json")
         else:
-            code, _ = await perform(*arguments_of(state, {"request": asked}), trainer.ports())
+            code, _ = await perform(*arguments_of(state, {"request": asked}), ports=trainer.ports())
 
             assert code == 0
     rounds = ["Train", "Evaluate", "Modify", "Read the reply", "Another round?"]
@@ -71,7 +71,7 @@ async def test_a_step_says_what_comes_next_whenever_it_is_run(objects, start, da
         "generate",
         "load",
     ):
-        code, reply = await perform(step, asked.request_id, given, trainer.ports())
+        code, reply = await perform(step, asked.request_id, given, ports=trainer.ports())
         said.append(reply["next"])
 
         assert code == 0
@@ -96,11 +96,11 @@ async def test_what_a_step_cannot_do_is_told_by_its_exit_code(objects, start):
     """A request that is unknown, is another one's or cannot be trained is told by code 65 and its reason."""
     trainer, asked = start(objects), requested("nothing-here").data
     given = asked.model_dump(mode="json")
-    unknown = await perform("load", asked.request_id, None, trainer.ports())
-    wrong = await perform("load", asked.request_id, {"dataset": "../secret"}, trainer.ports())
-    mistyped = await perform("load", asked.request_id, given | {"treshold": 1}, trainer.ports())
-    empty = await perform("load", asked.request_id, given, trainer.ports())
-    taken = await perform("load", asked.request_id, given | {"n_images": 7}, trainer.ports())
+    unknown = await perform("load", asked.request_id, None, ports=trainer.ports())
+    wrong = await perform("load", asked.request_id, {"dataset": "../secret"}, ports=trainer.ports())
+    mistyped = await perform("load", asked.request_id, given | {"treshold": 1}, ports=trainer.ports())
+    empty = await perform("load", asked.request_id, given, ports=trainer.ports())
+    taken = await perform("load", asked.request_id, given | {"n_images": 7}, ports=trainer.ports())
 
     assert [code for code, _ in (unknown, wrong, mistyped, empty, taken)] == [os.EX_DATAERR] * 5
     assert (wrong[1]["fields"], mistyped[1]["fields"]) == ("dataset", "treshold")
@@ -119,14 +119,14 @@ async def test_a_step_that_is_killed_or_stopped_is_gone_on_with(objects, start, 
     given, trainer = asked.model_dump(mode="json"), start(objects)
     whole = given | {"request_id": f"{asked.request_id}-whole"}
     for request in (whole, given):
-        await perform("load", request["request_id"], request, trainer.ports())
-    await perform("train", whole["request_id"], None, trainer.ports())
+        await perform("load", request["request_id"], request, ports=trainer.ports())
+    await perform("train", whole["request_id"], None, ports=trainer.ports())
     codes, steps = [], []
     for number in (signal.SIGKILL, signal.SIGTERM, None):
         code, step = await interrupted(objects, asked.request_id, number, local_aws, tmp_path, after=steps[-1:])
         codes.append(code)
         steps.append(step)
-    _, reply = await perform("train", asked.request_id, None, trainer.ports())
+    _, reply = await perform("train", asked.request_id, None, ports=trainer.ports())
 
     assert codes == [-signal.SIGKILL, os.EX_TEMPFAIL, os.EX_OK]
     assert steps[0] < steps[1] < 100

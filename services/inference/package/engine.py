@@ -75,7 +75,7 @@ class Engine:
     kind: Kind
     program: str
     arguments: tuple[str, ...] = ()
-    """More arguments of `run` and `create`, such as `--runtime runc`."""
+    """Additional arguments of `run` and `create`, such as `--runtime runc`."""
 
     @classmethod
     def find(cls, kind: str | None = None, arguments: Sequence[str] = ()) -> "Engine":

@@ -50,10 +50,10 @@ class Needs:
     cpu: float | None = None
     memory_bytes: int | None = None
     gpu: int = 0
-    """How many GPUs."""
+    """The number of GPUs that the MAP asks for."""
     gpu_memory_bytes: int | None = None
     shared_memory_bytes: int | None = None
-    """Of /dev/shm."""
+    """The size of /dev/shm."""
     unknown: tuple[str, ...] = field(default=(), compare=False)
     """Keys of its manifests that mean nothing here, each with its file."""
 

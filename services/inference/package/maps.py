@@ -34,9 +34,9 @@ BESIDE = ("app.yaml", "requirements.txt", *MODEL_FOLDERS)
 """What belongs to a program that is one file, beside what it imports."""
 PYCACHE = "__pycache__"
 VENV = "pyvenv.cfg"
-"""In the root of every virtual environment (PEP 405)."""
+"""The file in the root of every virtual environment (PEP 405)."""
 MOST_FILES, MOST_BYTES = 10_000, 100 << 30
-"""Of a MAP; what has more is probably another folder than was meant, and would be read for hours."""
+"""The most that a MAP may hold; a larger folder is probably another one than was meant, and would be read for hours."""
 CONFIG_FOLDERS = ("config", "etc", ".")
 """Where an unpacked MAP has its manifests."""
 FAMILIES = ("holoscan", "monai")
@@ -53,9 +53,9 @@ class Image:
 
     engine: Engine
     reference: str
-    """As it was named."""
+    """The name by which the image was asked for."""
     id: str
-    """What it runs by: a tag may move while this MAP is in use."""
+    """The identifier that the image is run by: a tag may move while this MAP is in use."""
     inspected: Inspected
 
 

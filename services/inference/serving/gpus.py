@@ -28,7 +28,7 @@ QUERY_S = 60
 WAIT_S = 2
 MIB = 1 << 20
 DIGITS = 20
-"""Of a number in such a file: a number that replaces another one is as long."""
+"""The width of a number in such a file: a number that replaces another one is as long."""
 log = get_logger()
 
 

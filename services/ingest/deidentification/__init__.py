@@ -13,7 +13,7 @@ that DICOM has not registered.
 | Z | its value is emptied |
 | D | its value becomes a dummy of its VR; that of PatientID and PatientName is the patient's pseudonym |
 | U | its UID is replaced by a keyed one, the same for the same UID wherever it stands |
-| C | dates are shifted; texts keep the words that are medical vocabulary and no part of what names the patient |
+| C | dates are shifted back; texts keep the words that are medical vocabulary and no part of what names the patient |
 | K | kept |
 
 U, C and K are for what fits the VR that the dictionary, or the list of safe private elements, has for it. What does not
@@ -42,7 +42,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from enum import StrEnum
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 from pydicom import DataElement, Dataset
@@ -58,6 +58,7 @@ STANDARD_ROOT = "1.2.840.10008."
 METHOD = "DICOM PS3.15 Annex E, basic profile (radqueue)"
 PSEUDONYM_LENGTH = 16
 LONGEST_SHIFT_DAYS = 3650
+"""Dates go back by one day to so many, never forward: a date in the future would be taken for an error."""
 LONGEST_NUMBER = 3
 """Digits, with the point, of a field strength, an angle, a thickness; nobody's number is so short."""
 DUMMY_DATE = "19000101"
@@ -102,7 +103,7 @@ IDENTIFIERS = {
 """What names the patient or the examination beside persons' names: no part of it stays in a description."""
 OF_DATES = {"ago", "lip", "may", "out", "set", "tra", "de", "du", "nd", "of", "rd", "st", "th", "the"}
 """Words of the vocabulary that are months in some language, or stand in dates: "12th of May 58" would pass by them."""
-HERE = Path(__file__).parent
+TABLES = files("services.ingest.deidentification")
 
 
 class Option(StrEnum):
@@ -264,7 +265,7 @@ class _Cleaner:
         return None
 
     def _shifted(self, text: str) -> str:
-        """Shift a date or a date with time by the patient's days; what is none is emptied."""
+        """Shift a date or a date with time back by the patient's days; what is none is emptied."""
         if not _DATE.match(text):
             return ""
         days = 1 + int.from_bytes(_keyed(self.secret, "shift", self.patient)[:4], "big") % LONGEST_SHIFT_DAYS
@@ -369,7 +370,7 @@ def _dates_are(options: frozenset[Option]) -> str:
 @functools.cache
 def _profile() -> dict[str, dict[str, str]]:
     """Return the standard's table, and what goes beyond it."""
-    texts = [(HERE / name).read_text("ascii") for name in ("beyond.csv", "profile.csv")]
+    texts = [(TABLES / name).read_text("ascii") for name in ("beyond.csv", "profile.csv")]
     return {row["tag"]: row for text in texts for row in csv.DictReader(text.splitlines())}
 
 
@@ -383,9 +384,8 @@ def _row(tag: BaseTag) -> dict[str, str] | None:
 @functools.cache
 def _safe_private() -> dict[tuple[int, str, int], str]:
     """Return the VR of safe private elements, by group, creator and place in the creator's block."""
-    with (HERE / "safe_private.csv").open(encoding="ascii", newline="") as file:
-        rows = csv.DictReader(file)
-        return {(int(row["group"], 16), row["creator"], int(row["element"], 16)): row["vr"] for row in rows}
+    rows = csv.DictReader((TABLES / "safe_private.csv").read_text("ascii").splitlines())
+    return {(int(row["group"], 16), row["creator"], int(row["element"], 16)): row["vr"] for row in rows}
 
 
 @functools.cache
@@ -393,5 +393,5 @@ def _vocabulary() -> frozenset[str]:
     """Return the words of DICOM's and SNOMED's terms, as pydicom has them, and what protocols say besides."""
     terms = [*codes.DCM.dir(), *codes.SCT.dir()]
     words = {word.lower() for term in terms for word in re.findall(r"[A-Z]?[a-z]+", term)}
-    protocol_words = (HERE / "protocol_words.txt").read_text("ascii").split()
+    protocol_words = (TABLES / "protocol_words.txt").read_text("ascii").split()
     return (frozenset(word for word in words if len(word) > 1) | set(protocol_words)) - OF_DATES

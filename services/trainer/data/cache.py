@@ -20,7 +20,7 @@ from shared.errors import Unavailable
 from shared.workfolder import locked
 
 NAME = re.compile(r"[0-9a-f]{64}")
-"""Of a folder of copies: whatever else lies beside them is left alone."""
+"""The pattern of a cache folder's name: whatever else lies beside these folders is left alone."""
 PART = ".part"
 """Suffix of a file that is being fetched."""
 

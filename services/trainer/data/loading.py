@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.trainer.data.cache import PART, kept_copies
 from services.trainer.data.manifest import (
@@ -31,15 +31,15 @@ from services.trainer.data.manifest import (
     summary_of,
 )
 from services.trainer.data.sources import Source, source_of
+from services.trainer.data.units import Modality, Window
 from services.trainer.reasons import CannotTrain
-from services.trainer.records import Sidecar
 from services.trainer.settings import TrainerSettings
 from shared.child import Json
 from shared.concurrency import all_of
 from shared.errors import Unavailable
 from shared.idempotency import store_once, stored
 from shared.log import get_logger
-from shared.messages import TrainingRequest
+from shared.messages import Name, TrainingRequest
 from shared.objects import ObjectMissing, ObjectStore
 from shared.workfolder import sha256_of_file
 
@@ -52,9 +52,22 @@ METHOD = 1
 log = get_logger()
 
 
+class Sidecar(BaseModel):
+    """What is read of the JSON document beside an array; ingest says all but the class. What is missing is unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    series_uid: str | None = None
+    patient_key: str | None = None
+    class_name: Name | None = Field(default=None, alias="class")
+    modality: Modality = None
+    window: Window | None = None
+    """Modality values that became -1 and 1."""
+
+
 @asynccontextmanager
 async def loaded(
-    request: TrainingRequest, folder: str, objects: ObjectStore, settings: TrainerSettings
+    request: TrainingRequest, folder: str, settings: TrainerSettings, *, objects: ObjectStore
 ) -> AsyncIterator[Json]:
     """Fetch the images of a training, and keep the copies for as long as the block runs.
 
@@ -70,8 +83,8 @@ async def loaded(
         Unavailable: what the arrays are read from does not answer.
     """
     key = f"{folder}/{MANIFEST}"
-    source, prefix = await source_of(request, objects, settings)
-    begun_with = await stored(objects, key, Manifest)
+    source, prefix = await source_of(request, settings, objects=objects)
+    begun_with = await stored(key, Manifest, objects=objects)
     listed: list[_Listed] = []
     if begun_with is None:
         listed = await _listing(request, source, prefix)
@@ -91,7 +104,7 @@ async def loaded(
             await _fetched(manifest.arrays, copies, source)
         if begun_with is None:
             _check(manifest, settings.min_images)
-            if await store_once(objects, key, manifest) != manifest:
+            if await store_once(key, manifest, objects=objects) != manifest:
                 raise Unavailable("another worker began this training with other data")
         yield _told(manifest, copies)
 

@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.core import url_to_fs
 
 from services.trainer.reasons import CannotTrain
 from services.trainer.settings import TrainerSettings
+from shared.aws_errors import AWS_ERRORS, Kind, kind_of, unavailable
 from shared.errors import Unavailable
 from shared.messages import TrainingRequest
 from shared.objects import ObjectMissing, ObjectStore, ObjectSummary
@@ -26,7 +26,7 @@ from shared.objects import ObjectMissing, ObjectStore, ObjectSummary
 S3 = "s3://"
 CHAINED = "::"
 """fsspec would read `a::b://c` through another file system, a local one for instance."""
-REFUSED = {403, 404}
+UNREADABLE = {Kind.MISSING, Kind.DENIED, Kind.MISCONFIGURED}
 VERSIONS = {"etag", "md5Hash", "generation", "mtime", "last_modified", "created", "ETag", "Last-Modified"}
 """What file systems call that by which versions of a file are told apart."""
 TIMES = ("mtime", "last_modified", "created")
@@ -48,7 +48,7 @@ class Source(Protocol):
         """Write the object into the file `path`. Raises `ObjectMissing`."""
 
 
-async def source_of(request: TrainingRequest, objects: ObjectStore, settings: TrainerSettings) -> tuple[Source, str]:
+async def source_of(request: TrainingRequest, settings: TrainerSettings, *, objects: ObjectStore) -> tuple[Source, str]:
     """Return what the request's arrays are read from, and the prefix below which its classes' folders lie.
 
     Raises:
@@ -64,7 +64,7 @@ async def source_of(request: TrainingRequest, objects: ObjectStore, settings: Tr
     uri = f"{uri.rstrip('/')}/"
     if uri.startswith(S3):
         bucket, _, prefix = uri.removeprefix(S3).partition("/")
-        return await _bucket(objects, bucket), prefix
+        return await _bucket(bucket, objects=objects), prefix
     try:
         files, prefix = await asyncio.to_thread(url_to_fs, uri)
     except (ImportError, ValueError):  # the library is missing; the scheme is unknown
@@ -72,15 +72,13 @@ async def source_of(request: TrainingRequest, objects: ObjectStore, settings: Tr
     return Files(files), f"{prefix.rstrip('/')}/"
 
 
-async def _bucket(objects: ObjectStore, bucket: str) -> ObjectStore:
+async def _bucket(bucket: str, *, objects: ObjectStore) -> ObjectStore:
     try:
         await objects.client.head_bucket(Bucket=bucket)
-    except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] in REFUSED:
+    except AWS_ERRORS as error:
+        if kind_of(error) in UNREADABLE:
             raise CannotTrain("data_uri_unreadable") from None
-        raise Unavailable(f"S3: {error.response['Error']['Code']}") from None
-    except BotoCoreError as error:
-        raise Unavailable(f"S3: {type(error).__name__}") from None
+        raise unavailable("S3", error) from None
     return ObjectStore(objects.client, bucket)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 S3 = "s3://"
 
 
-async def fetch_extractor(settings: TrainerSettings, s3: "S3Client") -> Path | None:
+async def fetch_extractor(settings: TrainerSettings, *, s3: "S3Client") -> Path | None:
     """Return the path of the extractor's file, under its own name; None where the built-in features serve.
 
     Raises:

@@ -59,7 +59,7 @@ class Space:
     extract: Callable[[Tensor], Tensor]
     """(N, 1, H, W) in [-1, 1] to (N, F) float64 on the CPU."""
     reduced: bool = False
-    """Whether the features are z-scored and projected to d <= n / 2."""
+    """True if the features are z-scored and projected to d <= n / 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +68,14 @@ class Embedded:
 
     metric: str
     space: str
-    """With its d."""
+    """The name of the feature space, with its number of features d."""
     n: int
     """Images on each side of a comparison."""
     real: Tensor
     """(N, d) float64: the reference, held out of the training."""
     generated: Tensor
     other_real: Tensor | None
-    """Of other patients; None takes the floor between halves of `real`."""
+    """Real images of other patients; if None, the floor is taken between halves of `real`."""
 
     @property
     def d(self) -> int:

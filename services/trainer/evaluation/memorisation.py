@@ -35,7 +35,8 @@ MAX_JUDGED = 1000
 """Images of each set that are judged: the cost is their number times the training images."""
 QUANTILE = 0.01
 CLEARLY = 0.8
-"""Of the limit of the relative distance. Copies with noise of a twentieth of the range are at a half of it."""
+"""The share of the limit of the relative distance below which an image is clearly a copy. Copies with noise of a
+twentieth of the range are at a half of the limit."""
 UNLIKELY = 1e-3
 """Probability below which chance is no explanation."""
 FAR_NEARER = 0.5

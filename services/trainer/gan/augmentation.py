@@ -15,7 +15,7 @@ from torch.nn import functional
 from services.trainer.config import MAX_AUGMENTATION
 
 SHIFT = 0.125
-"""Of the image's side, at most, in each direction; in whole pixels, which keep the image sharp."""
+"""The largest shift in each direction, as a share of the image's side; in whole pixels, which keep the image sharp."""
 ANGLE = math.radians(10)
 OCTAVES = 0.2
 """The scale is at most 2 to this power, and at least 2 to minus this."""
@@ -28,7 +28,7 @@ DRAWS = 10
 WARMED_UP_IMAGES = 50_000
 """The probability goes from 0 to 1 over this many images where every pair is told apart."""
 TARGET = 0.6
-"""Of the pairs' mean sign, see `adapted`; that of arXiv 2006.06676, section 3."""
+"""The target of the pairs' mean sign, see `adapted`; it is that of arXiv 2006.06676, section 3."""
 
 
 def augment(images: Tensor, draws: Tensor, probability: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 900, 260, 60, 150, 30, 34
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167))
-"""Of Okabe and Ito's palette, which people with any colour vision can tell apart."""
+"""Four colours of Okabe and Ito's palette, which people with any colour vision can tell apart."""
 INK, GRID = (60, 60, 60), (225, 225, 225)
 FONT = ImageFont.load_default(13)
 QUALITIES = ("precision", "recall", "coverage")

@@ -27,7 +27,6 @@ from services.trainer.jsconfig import read_config
 from services.trainer.products import tensorboard
 from services.trainer.products.secondary_capture import Origin, instance
 from shared.child import Json
-from shared.child import Progress as Tell
 
 GRID_IMAGES = 64
 WALKS, STEPS = 8, 10
@@ -51,7 +50,7 @@ def generate(
     units: Json,
     classes: list[str],
     device: torch.device,
-    tell: Tell,
+    tell: Callable[[int], None],
 ) -> Json:
     """Write the products of a training into a folder.
 
@@ -79,7 +78,7 @@ def generate(
     generator.to(device)
     labels = labels_of(generator, n_images)
     images = draw(generator, n_images, labels, seed=parameters.seed, device=device)
-    tell({"generated": n_images})
+    tell(n_images)
     (folder / "images.npy").write_bytes(npy(images))
     save_grid(images[:GRID_IMAGES], folder / "images.png")
     titles = titles_of(labels, n_images, classes)

@@ -29,10 +29,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from services.trainer.config import MAX_AUGMENTATION, Value
+from services.trainer.reasons import METRICS
 
 Metric = Literal["relative_fd", "distance", "kid"]
-METRICS: dict[Metric, str] = {"relative_fd": "relative distance", "distance": "distance", "kid": "KID"}
-"""As people call them."""
 Next = Literal["train", "generate"]
 
 NOTICEABLE = 0.1

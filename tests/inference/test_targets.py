@@ -18,16 +18,12 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 
 from services.inference.handler import infer
 from services.inference.records import Outputs, Result, result_prefix
-from services.inference.targets import archive
-from services.inference.targets.archive import (
-    Archives,
-    DicomWebArchive,
-    HealthImaging,
-    ImportJobs,
-    Instance,
-    PushRejected,
-    S3Only,
-)
+from services.inference.targets import dicomweb, import_job, target
+from services.inference.targets.dicomweb import DicomWebTarget
+from services.inference.targets.healthimaging import HealthImaging
+from services.inference.targets.import_job import ImportJobs
+from services.inference.targets.s3_only import S3Only
+from services.inference.targets.target import Instance, PushRejected, Targets
 from shared.dicomweb import Basic, Bearer, DicomWeb
 from shared.errors import Unavailable
 from shared.messages import InferenceCompleted, InferenceFailed
@@ -41,9 +37,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr(archive, "LOOK_PAUSE_S", 0.001)
-    monkeypatch.setattr(archive, "START_PAUSE_S", 0.1)
-    monkeypatch.setattr(archive, "JOB_PAUSE_S", 0.05)
+    monkeypatch.setattr(target, "LOOK_PAUSE_S", 0.001)
+    monkeypatch.setattr(import_job, "START_PAUSE_S", 0.1)
+    monkeypatch.setattr(import_job, "JOB_PAUSE_S", 0.05)
 
 
 @pytest.fixture
@@ -65,7 +61,7 @@ def lay(tmp_path):
 
 @pytest.fixture
 def healthimaging(worker):
-    return worker.archives.by_target["healthimaging"]
+    return worker.targets.by_name["healthimaging"]
 
 
 @pytest.fixture
@@ -231,7 +227,7 @@ async def test_an_import_that_always_is_throttled_is_tried_again_with_the_messag
     async def throttled(**request):
         raise ClientError({"Error": {"Code": "ThrottlingException"}}, "StartDICOMImportJob")
 
-    monkeypatch.setattr(archive, "START_PAUSE_S", 0.001)
+    monkeypatch.setattr(import_job, "START_PAUSE_S", 0.001)
     monkeypatch.setattr(clients.medical_imaging, "start_dicom_import_job", throttled)
     with pytest.raises(Unavailable, match="too many import jobs"):
         await imports.push(lay(series_files(n=1)))
@@ -246,7 +242,7 @@ async def test_a_manifest_that_comes_late_is_waited_for(imports, worker, lay, se
         if key.endswith("job-output-manifest.json"):
             looks.append(key)
             if len(looks) < 3:
-                raise archive.ObjectMissing
+                raise import_job.ObjectMissing
         return await get(key)
 
     monkeypatch.setattr(worker.objects, "get", late)
@@ -320,8 +316,8 @@ def _broken(lay, series_files):
 async def test_results_may_stay_in_s3(worker):
     """Nothing is pushed, and the result says so."""
     revision = await worker.store_series()
-    archives = Archives({"s3": S3Only()}, default="s3", originals=True)
-    await infer(worker.request(revision), **(worker.for_infer | {"archives": archives}))
+    targets = Targets({"s3": S3Only()}, default="s3", originals=True)
+    await infer(worker.request(revision), **(worker.for_infer | {"targets": targets}))
     (event,) = worker.publish.events
 
     assert event.data.pushed_to == "s3"
@@ -342,12 +338,12 @@ async def test_originals_are_pushed_before_results_where_a_route_says_so(worker,
             return await super().push(instances)
 
     remembering = Remembering(healthimaging._web, healthimaging._client, healthimaging._datastore_id)
-    archives = Archives({"healthimaging": remembering}, default="healthimaging")
+    targets = Targets({"healthimaging": remembering}, default="healthimaging")
     with_originals = found.route.model_copy(update={"originals": True})
     maps = {"capture": type(found)(found.map, with_originals)}
-    await infer(requested, **(worker.for_infer | {"archives": archives, "maps": maps}))
+    await infer(requested, **(worker.for_infer | {"targets": targets, "maps": maps}))
     await worker.objects.delete(f"{result_prefix(requested.data)}result.json")
-    await infer(requested, **(worker.for_infer | {"archives": archives, "maps": maps}))
+    await infer(requested, **(worker.for_infer | {"targets": targets, "maps": maps}))
     (output,) = worker.publish.events[0].data.outputs
 
     assert worker.publish.events[0].data.pushed_to == "healthimaging"
@@ -358,12 +354,12 @@ async def test_originals_are_pushed_before_results_where_a_route_says_so(worker,
 
 
 async def test_originals_that_conflict_end_the_request(worker, series_files):
-    """A study that the archive has under another patient is not mixed up with this one."""
+    """A study that the target has under another patient is not mixed up with this one."""
     revision = await worker.store_series()
     (other,) = series_files(n=1, StudyInstanceUID=revision.study_uid, PatientID="another-id")
     await worker.web.store([other])
-    archives = Archives(worker.archives.by_target, worker.archives.default, originals=True)
-    await infer(worker.request(revision), **(worker.for_infer | {"archives": archives}))
+    targets = Targets(worker.targets.by_name, worker.targets.default, originals=True)
+    await infer(worker.request(revision), **(worker.for_infer | {"targets": targets}))
     (event,) = worker.publish.events
 
     assert isinstance(event, InferenceFailed)
@@ -438,16 +434,16 @@ def _listens(port):
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def pacs(orthanc) -> AsyncIterator[DicomWebArchive]:
+async def pacs(orthanc) -> AsyncIterator[DicomWebTarget]:
     async with aiohttp.ClientSession() as session:
-        yield DicomWebArchive(DicomWeb(orthanc, session=session, auth=Basic("radqueue", "a password")))
+        yield DicomWebTarget(DicomWeb(orthanc, session=session, auth=Basic("radqueue", "a password")))
 
 
 async def test_orthanc_takes_a_result_with_its_originals(pacs, worker):
     """The whole journey into a PACS: originals and result are found there, and a repeat pushes nothing twice."""
     revision = await worker.store_series()
-    archives = Archives({"dicomweb": pacs}, default="dicomweb", originals=True)
-    await infer(worker.request(revision), **(worker.for_infer | {"archives": archives}))
+    targets = Targets({"dicomweb": pacs}, default="dicomweb", originals=True)
+    await infer(worker.request(revision), **(worker.for_infer | {"targets": targets}))
     (event,) = worker.publish.events
     (output,) = event.data.outputs
 
@@ -460,7 +456,7 @@ async def test_orthanc_takes_a_result_with_its_originals(pacs, worker):
 
 
 async def test_orthanc_refuses_what_is_no_dicom(pacs, tmp_path):
-    """The refusal is the archive's answer to the instances, not an outage."""
+    """The refusal is the target's answer to the instances, not an outage."""
     (tmp_path / "a.dcm").write_bytes(b"no DICOM at all")
     with pytest.raises(PushRejected) as rejected:
         await pacs.push([Instance(tmp_path / "a.dcm", "1.2", "1.3", "1.4")])
@@ -472,12 +468,12 @@ async def test_orthanc_refuses_what_is_no_dicom(pacs, tmp_path):
 async def test_orthanc_does_not_know_everybody(orthanc, auth, lay, series_files):
     """Wrong credentials are ours to mend, so the message comes again."""
     async with aiohttp.ClientSession() as session:
-        stranger = DicomWebArchive(DicomWeb(orthanc, session=session, auth=auth))
+        stranger = DicomWebTarget(DicomWeb(orthanc, session=session, auth=auth))
         with pytest.raises(Unavailable, match="HTTP 401"):
             await stranger.push(lay(series_files(n=1)))
 
 
-async def test_what_an_archive_does_not_show_is_not_pushed(pacs, lay, series_files, monkeypatch):
+async def test_what_a_target_does_not_show_is_not_pushed(pacs, lay, series_files, monkeypatch):
     """A 200 is not enough: what a search does not find later is pushed again with the message."""
     instances = lay(series_files(n=2))
     search = pacs._web.search_instances
@@ -491,8 +487,8 @@ async def test_what_an_archive_does_not_show_is_not_pushed(pacs, lay, series_fil
 
 
 async def test_a_series_of_several_pages_is_shown_whole(pacs, lay, series_files, monkeypatch):
-    """The search goes on until the archive has no more."""
-    monkeypatch.setattr(archive, "QIDO_PAGE", 2)
+    """The search goes on until the target has no more."""
+    monkeypatch.setattr(dicomweb, "QIDO_PAGE", 2)
     instances = lay(series_files(n=5))
     await pacs.push(instances)
     shown = await pacs.shown(instances[0].study_uid, instances[0].series_uid)
