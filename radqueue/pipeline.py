@@ -25,7 +25,8 @@ from pydicom import dcmread
 from cli.study.uploads import files
 from services.ingest.arrays import centred, is_grey, is_picture, percentile_window, shrink
 from services.ingest.pixels import modality_values
-from services.ingest.reading import Caps, normalise, text_of
+from services.ingest.protocol import Caps
+from services.ingest.reading import normalise, text_of
 from services.ingest.series import numbers_of
 from services.reporter.aggregate import Tally, month_of
 from services.reporter.page import page

@@ -2,10 +2,30 @@
 
 Theory of operation. Work that may hang, eat memory, crash or hold the interpreter lock (decoding a file, running a MAP,
 training) runs in a child, so that the service beside it keeps extending its messages and can always end the work with
-SIGKILL. The parent writes one call per line to the child's standard input; the child answers with any number of
-`{"progress": …}` lines and ends with one `{"reply": …}` or `{"error": …}` line. The child keeps the real standard
-output for itself and points file descriptor 1 at standard error, so that a library that prints cannot break the
-protocol.
+SIGKILL. The two speak one JSON document per line:
+
+    child    {"serves": PID}                                      once, before anything of others is imported
+    parent   {"id": 7, "request": {"do": "train", …}}             one call at a time
+    child    {"id": 7, "pid": PID, "progress": {…}}               any number of times
+    child    {"id": 7, "pid": PID, "reply": {…}}                  or "error", once
+
+What stands at the dots are frozen dataclasses, which the `protocol.py` of each child defines once for both sides. A
+request is told from others by its `do`, and names its reply in its type: `class Train(Request[Outcome])` is answered
+by an `Outcome`, which is a union where there are several, and `Child.call` returns just that. Who reads does not trust
+alike: the child belongs to its parent and takes a request as it comes, by whatever `read` its protocol has. The parent
+does not trust the child, in which the code of others runs: it validates each line by the types of the dataclasses,
+strictly, with pydantic, which only the parent needs.
+
+A line that is no such document, or that comes from another process than the one that serves, or in answer to another
+call than the one that waits, is a broken protocol: the child is killed, and the call fails of `ChildFailed` with
+`broke_protocol`. Nobody knows then whose words were heard, which says nothing about the work: who called tries it
+again, in a fresh process.
+
+What an application leaves behind cannot answer in the place of the child. The child keeps both pipes for itself, on
+descriptors that are closed on exec and after a fork, and leaves /dev/null as standard input and standard error as
+standard output: what a library prints, or a program that it started reads, is nothing of the protocol. A process that
+an application forked, and that comes back to where the child called the application, ends there (`end_if_forked`): two
+processes that both believe to be the child would share its next call, its files and its reply.
 
 A child leads its own process group: killing it takes what it started along. What left the group is found by a mark in
 its environment, which every process inherits, and is killed as well. The child asks the kernel to be killed when its
@@ -21,41 +41,64 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import itertools
 import json
 import logging
 import os
 import resource
 import signal
-import sys
 import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 from shared.errors import Unprocessable, place_of
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 STDERR_TAIL_BYTES = 64 * 1024
 LINE_LIMIT_BYTES = 64 * 1024 * 1024
 PIPE_GRACE_S = 1.0
 """Seconds to read what is left in a pipe after its writer ended."""
 PR_SET_PDEATHSIG = 1
+BROKEN_PROTOCOL = "protocol"
+"""In place of a signal or an exit code, what became of a child that was killed for what it said."""
 MARK = "RADQUEUE_CHILD_MARK"
 """The variable that a child and all its descendants have in common."""
 
 Json = dict[str, Any]
-Progress = Callable[[Json], None]
+Progress = Callable[[Any], None]
+"""What hears of progress: of documents as the request's `news` has them."""
+Reply = TypeVar("Reply")
+News = TypeVar("News")
+Asked = TypeVar("Asked")
+
+
+class Message:
+    """What crosses the pipe: a frozen dataclass, of which the other side knows every field."""
+
+    __pydantic_config__: ClassVar[Json] = {"extra": "forbid"}
+
+
+class Request(Message, Generic[Reply]):
+    """What a child is asked to do; its type names the message that answers it."""
+
+    news: ClassVar[Any] = None
+    """The type of what the child tells on its way; None where it tells nothing."""
 
 
 class ChildFailed(RuntimeError):  # noqa: N818 - it states what became of the call
     """A call brought no reply.
 
-    `reason_code` is one of `deadline` (killed for time), `out_of_memory`, `cpu_limit`, `crashed` (ended by a signal or
-    exited) and `raised` (the function raised; `error_type` and `where` name the exception and its place, never its
-    text).
+    `reason_code` is one of `deadline` (killed for time), `out_of_memory`, `cpu_limit`, `crashed` (ended by a signal,
+    exited, or broke the protocol) and `raised` (the function raised; `error_type` and `where` name the exception and
+    its place, never its text).
     """
 
     def __init__(self, reason_code: str, error_type: str = "", where: str = "") -> None:
@@ -65,8 +108,13 @@ class ChildFailed(RuntimeError):  # noqa: N818 - it states what became of the ca
         self.error_type = error_type
         self.where = where
 
+    @property
+    def broke_protocol(self) -> bool:
+        """Whether something was heard that was no answer to the call: another try, in a fresh process, may be well."""
+        return self.error_type == BROKEN_PROTOCOL
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Limits:
     """What a child may use; None is unlimited."""
 
@@ -104,6 +152,10 @@ class Child:
         self._stderr_task: asyncio.Task[None] | None = None
         self._stderr = bytearray()
         self._lock = asyncio.Lock()
+        self._ids = itertools.count(1)
+        """Of calls: no process of this child is asked by an id that another one was asked by."""
+        self._serving: int | None = None
+        """The process that may answer, by its own number, which is another one in a container or below a launcher."""
         self.calls = 0
         """Calls answered by the process that runs now."""
 
@@ -121,8 +173,8 @@ class Child:
         """Return the last 64 KiB that the child printed. It may hold patient attributes: never log it."""
         return bytes(self._stderr)
 
-    async def call(self, request: Json, *, deadline_s: float, on_progress: Progress | None = None) -> Any:
-        """Send `request` and return the reply.
+    async def call(self, request: Request[Reply], *, deadline_s: float, on_progress: Progress | None = None) -> Reply:
+        """Send `request` and return the reply, which is of the type that the request names.
 
         A call that is cancelled, or not answered within `deadline_s`, kills the child: its state is unknown.
 
@@ -142,7 +194,9 @@ class Child:
                 await self.stop(kill=True)
                 raise
             self.calls += 1
-            return _value_of(answer)
+            if answer.reply is None:
+                raise _failure_of_error(answer.error or _Error())
+            return answer.reply
 
     async def stop(self, *, kill: bool = False, grace_s: float = 5.0) -> None:
         """End the child: close its input and wait `grace_s`, then kill it with all that it started.
@@ -200,6 +254,7 @@ class Child:
             return self._process
         await self.stop(kill=True)
         self._stderr.clear()
+        self._serving = None
         self.calls = 0
         name, _, mark = self._mark.partition("=")
         environment = {**os.environ, **self._env, name: mark, "RADQUEUE_CHILD": json.dumps(asdict(self._limits))}
@@ -216,13 +271,16 @@ class Child:
         self._stderr_task = asyncio.create_task(self._drain_stderr(self._process))
         return self._process
 
-    async def _exchange(self, process: asyncio.subprocess.Process, request: Json, on_progress: Progress | None) -> Json:
+    async def _exchange(
+        self, process: asyncio.subprocess.Process, request: Request[Reply], on_progress: Progress | None
+    ) -> _Answer[Reply, Any]:
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("the child was started without pipes")
+        number = next(self._ids)
         with contextlib.suppress(ConnectionError):  # a child that just died is told apart below, by its exit
-            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.write(_line({"id": number, "request": request}))
             await process.stdin.drain()
-        reading = asyncio.create_task(_answer_in(process.stdout, on_progress))
+        reading = asyncio.create_task(self._answer(process.stdout, number, request, on_progress))
         exited = asyncio.create_task(self._exited.wait())
         try:
             await asyncio.wait([reading, exited], return_when=asyncio.FIRST_COMPLETED)
@@ -239,6 +297,35 @@ class Child:
         # A container's engine tells a signal as a shell does.
         raise _failure_of_exit(128 - returncode if self._kill_argv and returncode > 128 else returncode)  # noqa: PLR2004
 
+    async def _answer(
+        self, stdout: asyncio.StreamReader, number: int, request: Request[Reply], on_progress: Progress | None
+    ) -> _Answer[Reply, Any] | None:
+        """Read up to the answer to call `number`, telling progress on the way; None where the pipe ends before it.
+
+        Raises:
+            ChildFailed: the protocol is broken.
+        """
+        while (answer := await self._next(stdout, type(request))) is not None:
+            if (answer.id, answer.pid) != (number, self._serving) or not answer.is_whole:
+                raise ChildFailed("crashed", BROKEN_PROTOCOL)
+            if answer.progress is None:
+                return answer
+            if on_progress is not None:
+                on_progress(answer.progress)
+        return None
+
+    async def _next(self, stdout: asyncio.StreamReader, kind: Any) -> _Answer[Any, Any] | None:
+        """Read what the child says next in answer to a request of that kind; None at the end of the pipe."""
+        try:
+            line = await stdout.readline()
+            if line and self._serving is None:
+                self._serving = json.loads(line)["serves"]
+                line = await stdout.readline()
+            # Half a line is of a child that was killed while it wrote: its end says of what.
+            return _reader(kind).validate_json(line, strict=True) if line.endswith(b"\n") else None
+        except (ValueError, KeyError, TypeError):  # also a line above the limit
+            raise ChildFailed("crashed", BROKEN_PROTOCOL) from None
+
     async def _drain_stderr(self, process: asyncio.subprocess.Process) -> None:
         if process.stderr is None:
             return
@@ -247,18 +334,42 @@ class Child:
             del self._stderr[:-STDERR_TAIL_BYTES]
 
 
-async def _answer_in(stdout: asyncio.StreamReader, on_progress: Progress | None) -> Json | None:
-    """Read up to the answer, telling progress on the way; None where the pipe ends before it."""
-    try:
-        while line := await stdout.readline():
-            answer: Json = json.loads(line)
-            if "progress" not in answer:
-                return answer
-            if on_progress is not None:
-                on_progress(answer["progress"])
-    except ValueError:  # half a line, of a child that was killed while it wrote, or one above the limit
-        raise ChildFailed("crashed", "protocol") from None
-    return None
+@dataclass(frozen=True)
+class _Error(Message):
+    """What the child's function raised: a refusal with its reason and place, or an exception by type and place."""
+
+    unprocessable: str | None = None
+    detail: str = ""
+    type: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class _Answer(Message, Generic[Reply, News]):
+    """A line of the child's."""
+
+    id: int
+    """Of the call."""
+    pid: int
+    """Of the process that wrote it."""
+    progress: News | None = None
+    reply: Reply | None = None
+    error: _Error | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it tells one thing."""
+        return [self.progress, self.reply, self.error].count(None) == 2  # noqa: PLR2004 - of three
+
+
+@cache
+def _reader(asked: Any) -> TypeAdapter[_Answer[Any, Any]]:
+    """Return what validates the lines that answer such a request."""
+    from pydantic import TypeAdapter  # noqa: PLC0415 - the child's side has the standard library alone
+
+    (reply,) = (get_args(base)[0] for base in asked.__orig_bases__ if get_origin(base) is Request)
+    answer: Any = _Answer
+    return TypeAdapter(answer[reply, asked.news])
 
 
 async def _returncode(process: asyncio.subprocess.Process) -> int:
@@ -309,29 +420,98 @@ def _exit_of(pid: int) -> asyncio.Event:
     return exited
 
 
-def serve(function: Callable[[Json, Progress], Any]) -> None:
-    """Run the child's side: answer each line on standard input with what `function(request, progress)` returns.
+def serve(function: Callable[[Asked, Progress], Message], read: Callable[[Json], Asked]) -> None:
+    """Run the child's side: answer each call on standard input with what `function(request, progress)` returns.
 
-    Returns when standard input closes. Exceptions are answered by type and place, never by text, which may name a
-    patient.
+    `read` makes the request of its JSON. Returns when standard input closes. Exceptions are answered by type and place,
+    never by text, which may name a patient.
     """
     limits = become_child()
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def write(answer: Json) -> None:
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
-
-    for line in sys.stdin:
+    pipes = _take_pipes()
+    pipes.write({"serves": os.getpid()})
+    for line in pipes.requests():
         if limits.get("cpu_s"):
             _, hard = resource.getrlimit(resource.RLIMIT_CPU)
             resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + limits["cpu_s"] + 1, hard))
+        call = json.loads(line)
+        answer = partial(pipes.answer, call["id"])
         try:
-            write({"reply": function(json.loads(line), lambda progress: write({"progress": progress}))})
+            answer("reply", function(read(call["request"]), partial(answer, "progress")))
         except BaseException as error:  # noqa: BLE001 - whatever it was, the parent must hear of it
             traceback.print_exc()
-            write({"error": _error_json(error)})
+            answer("error", _error_of(error))
+
+
+def end_if_forked() -> None:
+    """End this process where it is a fork of the one that serves, made by what that called; to be called after that."""
+    if _served_by not in {None, os.getpid()}:
+        os._exit(0)
+
+
+_served_by: int | None = None
+"""The process that serves, also in its forks."""
+
+
+class _Pipes:
+    """The two ends that the child keeps for itself; a process that it forks has neither."""
+
+    def __init__(self, requests: int, replies: int) -> None:
+        self._requests = requests
+        self._replies = replies
+        self._kept = [requests, replies]
+
+    def requests(self) -> Iterator[bytes]:
+        """Yield the lines of the parent."""
+        with open(self._requests, "rb", closefd=False) as lines:
+            yield from lines
+
+    def answer(self, number: int, kind: str, said: Message) -> None:
+        """Say something of call `number`; a fork that comes here ends, for it is not what was asked."""
+        end_if_forked()
+        self.write({"id": number, "pid": os.getpid(), kind: said})
+
+    def write(self, told: Json) -> None:
+        """Write one line."""
+        line = memoryview(_line(told))
+        while line:
+            line = line[os.write(self._replies, line) :]
+
+    def close(self) -> None:
+        """Let go of both; once, for a fork of a fork may use the numbers for something of its own."""
+        while self._kept:
+            os.close(self._kept.pop())
+
+
+def _take_pipes() -> _Pipes:
+    """Take standard input and output away from whatever else runs in this process, or is started by it."""
+    global _served_by  # noqa: PLW0603 - a process serves once, and its forks are to know
+    _served_by = os.getpid()
+    pipes = _Pipes(os.dup(0), os.dup(1))  # neither of which is inherited by a program (PEP 446)
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    os.close(nowhere)
+    os.dup2(2, 1)
+    os.register_at_fork(after_in_child=pipes.close)
+    return pipes
+
+
+def _plain(value: Any) -> Any:
+    """Return the fields of a dataclass, or of a model of pydantic's, that stands in a message."""
+    kind: Any = type(value)
+    names = _names(kind)
+    return value.model_dump(mode="json") if names is None else {name: getattr(value, name) for name in names}
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...] | None:
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else None
+
+
+_ENCODER = json.JSONEncoder(default=_plain)
+
+
+def _line(told: Json) -> bytes:
+    return _ENCODER.encode(told).encode() + b"\n"
 
 
 def become_child() -> Json:
@@ -370,21 +550,18 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def _error_json(error: BaseException) -> Json:
+def _error_of(error: BaseException) -> _Error:
     if isinstance(error, Unprocessable):
-        return {"unprocessable": error.reason_code, "detail": error.detail}
-    return {"type": type(error).__name__, "where": place_of(error)}
+        return _Error(unprocessable=error.reason_code, detail=error.detail)
+    return _Error(type=type(error).__name__, where=place_of(error))
 
 
-def _value_of(answer: Json) -> Any:
-    if "reply" in answer:
-        return answer["reply"]
-    error = answer["error"]
-    if "unprocessable" in error:
-        raise Unprocessable(error["unprocessable"], error["detail"])
-    if error["type"] == "MemoryError":
-        raise ChildFailed("out_of_memory", error["type"], error["where"])
-    raise ChildFailed("raised", error["type"], error["where"])
+def _failure_of_error(error: _Error) -> Exception:
+    if error.unprocessable is not None:
+        return Unprocessable(error.unprocessable, error.detail)
+    if error.type == "MemoryError":
+        return ChildFailed("out_of_memory", error.type, error.where)
+    return ChildFailed("raised", error.type, error.where)
 
 
 def _failure_of_exit(returncode: int) -> ChildFailed:

@@ -11,6 +11,12 @@ from weakref import WeakValueDictionary
 Result = TypeVar("Result")
 
 
+class Stop(asyncio.Event):
+    """Set when the process is to end. Until it has `begun` to consume, its start is simply cancelled."""
+
+    begun = False
+
+
 class KeyedLocks:
     """A lock per key, inside one process: `async with locks(key): …`. A lock lives as long as somebody uses it.
 

@@ -38,6 +38,8 @@ class ServiceSettings(BaseModel):
     """Seconds until SQS gives a message to another worker after this process died."""
     grace_s: float = Field(default=25, ge=0)
     """Seconds that running handlers get to finish after SIGTERM."""
+    start_patience_s: float = Field(default=30, ge=0)
+    """Seconds that a start waits for a bucket or a queue: a service may be started before what it needs is there."""
     spot_notice: bool = False
     """Drain when EC2 announces that it takes the spot instance back: looks at the instance metadata every 5 s."""
     metrics_flush_s: float = Field(default=15, gt=0)

@@ -11,13 +11,13 @@ from typing import TypeVar
 
 from shared import log, spot
 from shared.aws import Aws, connect
-from shared.aws_errors import AWS_ERRORS, Kind, code_of, kind_of
+from shared.aws_errors import AWS_ERRORS, Kind, code_of, is_answer, kind_of
+from shared.concurrency import Stop
 from shared.config import Misconfigured, ServiceSettings, load
 from shared.metrics import Metrics
 from shared.workfolder import own_folder, temporary_files_in
 
 EXIT_MISCONFIGURED = 2
-START_PATIENCE_S = 30
 START_PAUSE_S = 1
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
@@ -60,20 +60,19 @@ def _work_folder(work_dir: Path) -> Iterator[None]:
 async def _run(settings: Settings, serve: Serve[Settings]) -> None:
     if settings.spot_notice and settings.grace_s > spot.LONGEST_GRACE_S:
         raise Misconfigured(f"RADQUEUE_GRACE_S: a spot instance leaves at most {spot.LONGEST_GRACE_S:g} s.")
-    stop = asyncio.Event()
+    stop = Stop()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     logger = log.get_logger()
     async with connect(os.environ) as aws:
-        await _bucket_answers(aws, settings.bucket, stop)
         logger.info("service.started", **settings.model_dump(mode="json"))
         metrics = Metrics(aws.cloudwatch)
         beside = [asyncio.create_task(metrics.keep_flushing(settings.metrics_flush_s, asyncio.Event()))]
         if settings.spot_notice:
             beside.append(asyncio.create_task(spot.watch(os.environ, stop)))
         try:
-            await serve(settings, aws, metrics, stop)
+            await _serve(serve, settings, aws, metrics, stop)
         finally:
             for task in beside:
                 task.cancel()
@@ -84,26 +83,44 @@ async def _run(settings: Settings, serve: Serve[Settings]) -> None:
     logger.info("service.stopped")
 
 
-async def _bucket_answers(aws: Aws, bucket: str, stop: asyncio.Event) -> None:
-    """Wait until the bucket answers: a service may be started before what it needs.
+async def _serve(serve: Serve[Settings], settings: Settings, aws: Aws, metrics: Metrics, stop: Stop) -> None:
+    """Wait for the bucket and serve. A stop before the first message was asked for cancels both, wherever they are."""
+
+    async def start() -> None:
+        await _bucket_answers(aws, settings.bucket, settings.start_patience_s)
+        await serve(settings, aws, metrics, stop)
+
+    serving, stopping = asyncio.create_task(start()), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if stop.begun or serving.done():
+            await serving
+    finally:
+        for task in (serving, stopping):
+            task.cancel()
+        await asyncio.gather(serving, stopping, return_exceptions=True)
+
+
+async def _bucket_answers(aws: Aws, bucket: str, patience_s: float) -> None:
+    """Wait until the bucket answers and is there: a service may be started before what it needs.
 
     Raises:
-        Misconfigured: there is no such bucket, it is not ours, or nothing answers for START_PATIENCE_S.
+        Misconfigured: it is not ours, or it is not there or does not answer for `patience_s` seconds.
     """
     where = aws.endpoint_url or f"AWS in {aws.region}"
-    last = ""
-    try:
-        async with asyncio.timeout(START_PATIENCE_S):
-            while not stop.is_set():
-                try:
-                    await aws.s3.head_bucket(Bucket=bucket)
-                except AWS_ERRORS as error:
-                    last = code_of(error)
-                    if kind_of(error) is not Kind.UNAVAILABLE:
-                        raise Misconfigured(f"RADQUEUE_BUCKET: S3 at {where} answers {last} for this bucket.") from None
-                else:
-                    return
-                log.get_logger().warning("service.waiting", error=last)
-                await asyncio.sleep(START_PAUSE_S)
-    except TimeoutError:
-        raise Misconfigured(f"AWS_ENDPOINT_URL: {where} does not answer ({last or 'no connection'}).") from None
+    until = asyncio.get_running_loop().time() + patience_s
+    while True:
+        try:
+            async with asyncio.timeout_at(until + START_PAUSE_S):
+                await aws.s3.head_bucket(Bucket=bucket)
+        except AWS_ERRORS as error:
+            wrong = f"AWS_ENDPOINT_URL: {where} does not answer ({code_of(error)})."
+            if is_answer(error):
+                wrong = f"RADQUEUE_BUCKET: S3 at {where} answers {code_of(error)} for this bucket."
+            later = kind_of(error) in (Kind.UNAVAILABLE, Kind.MISSING)
+            if not later or asyncio.get_running_loop().time() >= until:
+                raise Misconfigured(wrong) from None
+        else:
+            return
+        log.get_logger().warning("service.waiting", why=wrong)
+        await asyncio.sleep(START_PAUSE_S)

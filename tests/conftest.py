@@ -166,7 +166,8 @@ def own_queues(local_aws) -> ServiceSettings:
             arn = sqs.get_queue_attributes(QueueUrl=dlq, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
             policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 50})
             sqs.create_queue(QueueName=name, Attributes={"RedrivePolicy": policy, "VisibilityTimeout": "30"})
-    return ServiceSettings(bucket=local_aws.bucket, poll_s=1, visibility_s=10, grace_s=5, retry_base_s=0.5, **names)
+    short = {"poll_s": 1, "visibility_s": 10, "grace_s": 5, "retry_base_s": 0.5, "start_patience_s": 1}
+    return ServiceSettings(bucket=local_aws.bucket, **short, **names)
 
 
 @pytest.fixture

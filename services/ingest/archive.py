@@ -11,12 +11,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from services.ingest.answers import Member
+from services.ingest.protocol import Member, ZipCaps
 from services.ingest.reading import PREAMBLE_BYTES, is_dicomdir, looks_like_dicom
 from shared.errors import Unprocessable
 
@@ -43,17 +42,6 @@ JUNK_PICTURES = {".jpg", ".jpeg", ".png", ".gif", ".ico", ".css"}
 JUNK_PROGRAMS = {".exe", ".dll", ".bat", ".jar", ".js", ".inf", ".ini"}
 JUNK_SUFFIXES = JUNK_TEXTS | JUNK_PICTURES | JUNK_PROGRAMS
 """What PACS viewers and operating systems put beside the images of a study."""
-
-
-@dataclass(frozen=True, slots=True)
-class ZipCaps:
-    """Limits of one archive."""
-
-    entries: int
-    unpacked_bytes: int
-    """All members together."""
-    ratio: float
-    """Unpacked size over packed size, of a member of a zip and of a gzipped tar."""
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}

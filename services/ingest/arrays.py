@@ -4,10 +4,7 @@ Modality values (HU in CT), polarity as MONOCHROME2, one window for the whole da
 their physical aspect, centred on -1. A window per slice or per series would make them impossible to compare.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,42 +14,12 @@ from pydicom import Dataset
 from services.ingest.reading import text_of
 
 Slices = NDArray[np.float32]
-METHOD = 3
-"""Raised when arrays come out differently, so that their keys do."""
 PERCENTILE_SAMPLES = 4_000_000
 """Values that percentiles are taken from, spread evenly over the slices: memory stays bounded."""
 NO_PICTURE = {"SEG", "RTDOSE", "RTSTRUCT", "PR", "SR", "KO", "DOC", "REG", "FID"}
 """Modalities whose pixels, if any, are no picture."""
-CONFIG_HASH_LENGTH = 16
 BLANK_RANGE = 0.02
 """A slice whose lightest and darkest parts are nearer to each other than a hundredth of the window shows nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayConfig:
-    """How an array is made."""
-
-    size: int
-    """H and W."""
-    window: tuple[float, float] | None
-    """Modality values that become -1 and 1; None: percentiles, which are not known yet."""
-    percentiles: tuple[float, float]
-    leave_out: tuple[str, ...] = ()
-    """Names of rules: `blank`, `localizer`."""
-    screened: str = ""
-    """Of a de-identified dataset a hash of the rules that blank regions: what may show who it is, is left out."""
-
-    def described(self) -> dict[str, object]:
-        """Return the configuration as the sidecar tells it."""
-        told = asdict(self) | {"method": METHOD}
-        if self.window is not None:
-            del told["percentiles"]
-        return told
-
-    def hash(self) -> str:
-        """Return the part of the key that tells arrays of one revision apart."""
-        told = json.dumps(self.described(), sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:CONFIG_HASH_LENGTH]
 
 
 def is_picture(dataset: Dataset) -> bool:

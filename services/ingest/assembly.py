@@ -12,7 +12,6 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pydicom import Dataset, dcmread
@@ -22,6 +21,7 @@ from services.ingest.datasets import BlankRule
 from services.ingest.geometry import survey
 from services.ingest.pixels import modality_values
 from services.ingest.protection import is_clean, screen
+from services.ingest.protocol import ArrayConfig, Assembled
 from services.ingest.reading import PIXEL_DATA
 from services.ingest.series import Description, Placed, describe, patient_key, pixel_shape
 
@@ -52,7 +52,7 @@ class Series:
         return cls(paths, headers, describe(headers))
 
 
-def measure(series: Series, config: arrays.ArrayConfig, blank: Sequence[BlankRule]) -> Window | None:
+def measure(series: Series, config: ArrayConfig, blank: Sequence[BlankRule]) -> Window | None:
     """Return the percentiles of the slices that an array would have; None where they tell of no window."""
     stack, _ = _stack(series, config, blank)
     frames = (frame for _, frame, _ in _frames(series, stack, config, blank))
@@ -61,9 +61,7 @@ def measure(series: Series, config: arrays.ArrayConfig, blank: Sequence[BlankRul
     )
 
 
-def assemble(
-    series: Series, out: str, config: arrays.ArrayConfig, secret: str, blank: Sequence[BlankRule]
-) -> dict[str, Any]:
+def assemble(series: Series, out: str, config: ArrayConfig, secret: str, blank: Sequence[BlankRule]) -> Assembled:
     """Make the array of normalised instances and write it to `out` (npy); return what its sidecar tells.
 
     `blank` is asked only where the configuration says that pictures are screened. Without a window there is nothing to
@@ -92,17 +90,17 @@ def assemble(
 
     # Tell.
     warnings = [WARNING_OF[rule] for rule, count in left_out.items() if count]
-    return {
-        "shape": list(array.shape),
-        "pixel_spacing_mm": stack[0].slice.pixel_spacing if stack else None,
-        "rows_columns": [stack[0].slice.rows, stack[0].slice.columns] if stack else None,
-        "left_out": {rule: count for rule, count in left_out.items() if count},
-        "patient_key": patient_key(series.headers[0], secret),
-        "warnings": sorted(warnings + ["array_values_invalid"] * (not valid)),
-    }
+    return Assembled(
+        shape=list(array.shape),
+        pixel_spacing_mm=stack[0].slice.pixel_spacing if stack else None,
+        rows_columns=[stack[0].slice.rows, stack[0].slice.columns] if stack else None,
+        left_out={rule: count for rule, count in left_out.items() if count},
+        patient_key=patient_key(series.headers[0], secret),
+        warnings=sorted(warnings + ["array_values_invalid"] * (not valid)),
+    )
 
 
-def _stack(series: Series, config: arrays.ArrayConfig, blank: Sequence[BlankRule]) -> tuple[list[Placed], Counter[str]]:
+def _stack(series: Series, config: ArrayConfig, blank: Sequence[BlankRule]) -> tuple[list[Placed], Counter[str]]:
     """Return the frames of the array in order, and how many others each rule leaves out; `blank` is asked later."""
     chosen, left_out = _chosen(series.headers, series.description, config, blank)
     geometry = series.description.geometry
@@ -115,7 +113,7 @@ def _stack(series: Series, config: arrays.ArrayConfig, blank: Sequence[BlankRule
 
 
 def _frames(
-    series: Series, stack: Sequence[Placed], config: arrays.ArrayConfig, blank: Sequence[BlankRule]
+    series: Series, stack: Sequence[Placed], config: ArrayConfig, blank: Sequence[BlankRule]
 ) -> Iterator[tuple[int, arrays.Slices, Dataset]]:
     """Yield the frames of a stack in the order of their files: index, modality values, and the instance."""
     rank = {(placed.instance, placed.frame): index for index, placed in enumerate(stack)}
@@ -133,7 +131,7 @@ def _frames(
 
 
 def _chosen(
-    headers: Sequence[Dataset], described: Description, config: arrays.ArrayConfig, blank: Sequence[BlankRule]
+    headers: Sequence[Dataset], described: Description, config: ArrayConfig, blank: Sequence[BlankRule]
 ) -> tuple[list[Placed], Counter[str]]:
     """Return the frames that no rule about the single picture leaves out, and how many each of these does."""
     scout = described.geometry is not None and described.geometry.verdict == "localizer"

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydantic import TypeAdapter
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
-from services.ingest.answers import Instance
 from services.ingest.assembly import DEFER_BYTES
 from services.ingest.decoder import Decoder, Rejected
 from services.ingest.geometry import Slice, survey
+from services.ingest.protocol import Instance, Locate
 from services.ingest.series import describe
 from services.ingest.settings import IngestSettings
 from shared.child import ChildFailed
@@ -31,8 +30,6 @@ from shared.concurrency import all_of, temporary_folder
 from shared.documents.revisions import Revision, StoredInstance
 from shared.messages import Geometry
 from shared.pydicom_silence import silence
-
-_SLICES = TypeAdapter(list[Slice])
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +219,10 @@ async def _verdict(name: str, path: Path, out: Path, decoder: Decoder) -> Found:
         seconds=seconds,
     )
     try:
-        told = await decoder.series_call({"op": "slices", "path": str(out)})
+        found = await decoder.series_call(Locate(str(out)))
     except ChildFailed as failed:
         return verdict, Taken(instance, [], None, f"series_{failed.reason_code}")
-    return verdict, Taken(instance, _SLICES.validate_python(told["slices"]), told["modality"])
+    return verdict, Taken(instance, found.slices, found.modality)
 
 
 def described(folder: Path) -> list[Revision]:

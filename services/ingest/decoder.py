@@ -2,15 +2,15 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from services.ingest.answers import Instance, Member
 from services.ingest.datasets import Deidentification
+from services.ingest.protocol import Caps, Instance, Member, Normalise, Unpack, ZipCaps
 from services.ingest.settings import IngestSettings
-from shared.child import Child, ChildFailed, Json, Limits
+from shared.child import Child, ChildFailed, Limits, Request
 from shared.errors import Unavailable, Unprocessable
 
 REASON_OF_FAILURE = {
@@ -23,6 +23,7 @@ REASON_OF_FAILURE = {
 """Code of `ChildFailed` to code of `reasons.REASONS`."""
 CALLS_OF_A_CHILD = 2000
 """After so many a child is replaced: what its libraries do not give back never adds up to its limit."""
+Reply = TypeVar("Reply")
 
 
 class Rejected(Exception):  # noqa: N818 - it states what became of a file
@@ -51,19 +52,11 @@ class Decoder:
         """End the children."""
         await asyncio.gather(self._files.stop(), self._series.stop())
 
-    async def unpack(self, archive: Path, folder: Path) -> list[Member] | None:
+    async def unpack(self, archive: Path, folder: Path) -> Sequence[Member] | None:
         """Unpack a zip or a tar into `folder`; None where `archive` is none. Raises `Rejected`."""
         settings = self._settings
-        caps = {
-            "entries": settings.max_zip_entries,
-            "unpacked_bytes": settings.max_zip_bytes,
-            "ratio": settings.max_zip_ratio,
-        }
-        request = {"op": "unpack", "path": str(archive), "folder": str(folder), "caps": caps}
-        members = (await self._file_call(request))["members"]
-        if members is None:
-            return None
-        return [Member(**member) for member in members]
+        caps = ZipCaps(settings.max_zip_entries, settings.max_zip_bytes, settings.max_zip_ratio)
+        return (await self._file_call(Unpack(str(archive), str(folder), caps))).members
 
     async def normalise(self, path: Path, out: Path, rules: Deidentification | None = None) -> Instance:
         """Read the DICOM file `path`, and write the normalised instance to `out`. Raises `Rejected`.
@@ -71,27 +64,22 @@ class Decoder:
         With `rules` it is de-identified before it is written, and what is returned tells nothing else.
         """
         settings = self._settings
-        caps = {
-            "inflated": settings.max_inflated_bytes,
-            "pixels": settings.max_pixel_bytes,
-            "frames": settings.max_frames,
-        }
-        request = {
-            "op": "normalise",
-            "path": str(path),
-            "out": str(out),
-            "caps": caps,
-            "deidentify": rules and rules.model_dump(mode="json"),
-            "secret": settings.patient_secret.get_secret_value() if rules else "",
-        }
-        return Instance(**await self._file_call(request))
+        caps = Caps(settings.max_inflated_bytes, settings.max_pixel_bytes, settings.max_frames)
+        secret = settings.patient_secret.get_secret_value() if rules else ""
+        return await self._file_call(Normalise(str(path), str(out), caps, rules, secret))
 
-    async def series_call(self, request: Json) -> Any:
+    async def series_call(self, request: Request[Reply]) -> Reply:
         """Describe, measure or assemble a series. Raises `ChildFailed`."""
+        deadline_s = self._settings.series_deadline_s
         async with self._series.one() as child:
-            return await child.call(request, deadline_s=self._settings.series_deadline_s)
+            try:
+                return await child.call(request, deadline_s=deadline_s)
+            except ChildFailed as failed:
+                if not failed.broke_protocol:
+                    raise
+            return await child.call(request, deadline_s=deadline_s)
 
-    async def _file_call(self, request: Json, *, again: bool = True) -> Any:
+    async def _file_call(self, request: Request[Reply], *, again: bool = True) -> Reply:
         async with self._files.one() as child:
             try:
                 return await child.call(request, deadline_s=self._settings.decode_deadline_s)
@@ -106,7 +94,7 @@ class Decoder:
                 crowded = short_of_memory and child.calls > 1
                 if short_of_memory:
                     await child.stop(kill=True)
-                if not again or not (crowded or failed.error_type == "SIGKILL"):
+                if not again or not (crowded or failed.broke_protocol or failed.error_type == "SIGKILL"):
                     raise Rejected(REASON_OF_FAILURE[failed.reason_code], failed.where) from None
         return await self._file_call(request, again=False)
 

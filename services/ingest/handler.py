@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.ingest.answers import Instance, Member
 from services.ingest.decoder import Rejected
 from services.ingest.ports import Ports
+from services.ingest.protocol import Instance, Member
 from services.ingest.stable_series import expect_settling, settle
 from shared import keys
 from shared.concurrency import all_of, temporary_folder

@@ -7,10 +7,10 @@ from typing import Any
 from pydicom import DataElement, Dataset, dcmread
 from pydicom.datadict import dictionary_VR
 
-from services.ingest.answers import Instance
 from services.ingest.datasets import BlankRule, Deidentification
 from services.ingest.deidentification import METHOD, deidentify, keyed_hash
 from services.ingest.deidentification.pixels import blank, burned_in_suspected, clear_unused_bits
+from services.ingest.protocol import Instance
 from services.ingest.reading import noted_in, part_10, text_of
 from shared.documents.revisions import SHA_LENGTH
 from shared.errors import Unprocessable

@@ -13,7 +13,6 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from pydicom import DataElement, Dataset
@@ -33,7 +32,7 @@ from pydicom.uid import (
 )
 
 from services.ingest import frames
-from services.ingest.answers import Instance
+from services.ingest.protocol import Caps, Instance
 from shared.documents.revisions import sha_of
 from shared.errors import Unprocessable
 from shared.keys import is_uid
@@ -82,15 +81,6 @@ SOP_CLASS_OF_MODALITY = {
     "SC": "1.2.840.10008.5.1.4.1.1.7",
 }
 """The class of a single-frame image, for a file that names none. A multi-frame image could be of several."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caps:
-    """What reading one file may expand to: bytes of a data set, bytes of pixels, frames."""
-
-    inflated: int
-    pixels: int
-    frames: int = 20_000
 
 
 def looks_like_dicom(head: bytes) -> bool:

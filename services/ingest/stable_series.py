@@ -7,16 +7,15 @@ What a series waits for is read from its listing alone: the instances that are n
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from services.ingest.arrays import ArrayConfig
 from services.ingest.datasets import DatasetRules
 from services.ingest.deidentification import Option, keyed_hash, keyed_uid
 from services.ingest.ports import Ports
+from services.ingest.protocol import ArrayConfig, Assemble, Describe, Described, Measure
 from services.ingest.windows import window_document, window_of
 from shared import keys
 from shared.child import ChildFailed
@@ -26,7 +25,7 @@ from shared.documents.revisions import DIGEST_LENGTH, Revision, StoredInstance, 
 from shared.errors import Unavailable, Unprocessable
 from shared.idempotency import once, store
 from shared.log import get_logger
-from shared.messages import Geometry, ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
+from shared.messages import ReadySeries, SeriesReady, SeriesSettling, SettlingSeries, sha256_of
 from shared.objects import ObjectMissing, ObjectSummary
 from shared.queue import receive_count
 from shared.stability import LAST_MODIFIED_S, bucket_of, delay_s, is_responsible, send_once
@@ -212,25 +211,24 @@ async def _revise(series: Series, warnings: Sequence[str], *, ports: Ports) -> R
         digest=series.digest,
         created=series.listed,
         instances=series.instances,
-        attributes=described["attributes"],
-        geometry=described["geometry"] and Geometry.model_validate(described["geometry"]),
-        warnings=tuple(sorted({*warnings, *described["warnings"], *more})),
+        attributes=described.attributes,
+        geometry=described.geometry,
+        warnings=tuple(sorted({*warnings, *described.warnings, *more})),
         array_key=array_key,
         deidentified=_is_deidentified(ports.datasets.of(series.dataset), described),
     )
 
 
-async def _described(paths: Sequence[str], *, ports: Ports) -> dict[str, Any]:
+async def _described(paths: Sequence[str], *, ports: Ports) -> Described:
     try:
-        described: dict[str, Any] = await ports.decoder.series_call({"op": "describe", "paths": list(paths)})
+        return await ports.decoder.series_call(Describe(paths))
     except ChildFailed as failed:
         raise Unprocessable(f"series_{failed.reason_code}", failed.where) from None
-    return described
 
 
-def _is_deidentified(rules: DatasetRules, described: dict[str, Any]) -> bool:
+def _is_deidentified(rules: DatasetRules, described: Described) -> bool:
     """Tell whether the instances were de-identified: some may have been stored before their dataset was to be."""
-    return rules.deidentify is not None and rules.deidentify.studies and described["deidentified"]
+    return rules.deidentify is not None and rules.deidentify.studies and described.deidentified
 
 
 async def _download(instances: Sequence[StoredInstance], folder: Path, *, ports: Ports) -> list[str]:
@@ -246,64 +244,59 @@ async def _download(instances: Sequence[StoredInstance], folder: Path, *, ports:
 
 
 async def _array(
-    series: Series, paths: Sequence[str], described: dict[str, Any], *, ports: Ports
-) -> tuple[str | None, list[str]]:
+    series: Series, paths: Sequence[str], described: Described, *, ports: Ports
+) -> tuple[str | None, Sequence[str]]:
     """Make and store the training array and its sidecar; return its key and warnings.
 
     A series whose array cannot be made is still routed: that is a warning, no failure.
     """
-    if not described["n_grey"]:
-        return None, ["colour_skipped"] if described["geometry"] else []
+    if not described.n_grey:
+        return None, ["colour_skipped"] if described.geometry else []
     rules = ports.datasets.of(series.dataset)
-    modality, told = described["attributes"].get("Modality"), _array_uids(series, described, ports=ports)
+    modality, told = described.attributes.get("Modality"), _array_uids(series, described, ports=ports)
     config = _config(rules, modality)
     blank = rules.deidentify.blank if rules.deidentify else ()
     out = Path(paths[0]).with_name("array.npy")
-    request = {
-        "paths": list(paths),
-        "out": str(out),
-        "blank": [rule.model_dump(mode="json") for rule in blank],
-        "secret": ports.settings.patient_secret.get_secret_value(),
-    }
+    secret = ports.settings.patient_secret.get_secret_value()
 
-    async def made_by(op: str) -> Any:
-        return await ports.decoder.series_call(request | {"op": op, "config": asdict(config)})
+    async def measured() -> tuple[float, float] | None:
+        return (await ports.decoder.series_call(Measure(paths, config, blank))).window
 
     window_from = None
     try:
         if config.window is None:
             window_from = window_document(series.dataset, modality, config)
-            window = await window_of(window_from, config, told, partial(made_by, "measure"), objects=ports.objects)
+            window = await window_of(window_from, config, told, measured, objects=ports.objects)
             config = replace(config, window=window)
-        made = await made_by("assemble")
+        made = await ports.decoder.series_call(Assemble(paths, str(out), config, blank, secret))
     except (ChildFailed, Unprocessable) as failed:
         where = failed.where if isinstance(failed, ChildFailed) else window_from and window_from.key
         log.warning("array.failed", series=series.series_uid, reason_code=failed.reason_code, where=where)
         return None, ["array_failed"]
-    if not made["shape"][0]:  # every slice was left out
-        return None, made["warnings"]
+    if not made.shape[0]:  # every slice was left out
+        return None, made.warnings
     key = keys.array(series.dataset, told["series_uid"], told["digest"], config.hash())
     sidecar = StoredSidecar(
         study_uid=told["study_uid"],
         series_uid=told["series_uid"],
         digest=told["digest"],
         revision_key=told.get("revision_key"),
-        patient_key=made["patient_key"],
+        patient_key=made.patient_key,
         modality=modality,
-        n=made["shape"][0],
-        shape=made["shape"],
+        n=made.shape[0],
+        shape=tuple(made.shape),
         window=config.window,
         window_from=window_from and window_from.key,
-        pixel_spacing_mm=made["pixel_spacing_mm"],
-        rows_columns=made["rows_columns"],
-        left_out=made["left_out"],
+        pixel_spacing_mm=made.pixel_spacing_mm and tuple(made.pixel_spacing_mm),
+        rows_columns=made.rows_columns and tuple(made.rows_columns),
+        left_out=dict(made.left_out),
         config=config.described(),
         config_hash=config.hash(),
-        warnings=tuple(sorted({*described["warnings"], *made["warnings"]})),
+        warnings=tuple(sorted({*described.warnings, *made.warnings})),
     )
     await store(keys.sidecar(key), sidecar, objects=ports.objects)
     await ports.objects.upload(out, key)
-    return key, made["warnings"]
+    return key, made.warnings
 
 
 def _config(rules: DatasetRules, modality: object) -> ArrayConfig:
@@ -317,7 +310,7 @@ def _config(rules: DatasetRules, modality: object) -> ArrayConfig:
     )
 
 
-def _array_uids(series: Series, described: dict[str, Any], *, ports: Ports) -> dict[str, str]:
+def _array_uids(series: Series, described: Described, *, ports: Ports) -> dict[str, str]:
     """Return what an array is known by; in a de-identified dataset nothing that whoever has the originals could know.
 
     A plain digest would show them which series it is, as a UID would.

@@ -7,7 +7,7 @@ series of a Modality that has any grey values decides, `If-None-Match: *` keeps 
 import re
 from collections.abc import Awaitable, Callable, Mapping
 
-from services.ingest.arrays import ArrayConfig
+from services.ingest.protocol import ArrayConfig
 from shared import keys
 from shared.documents.arrays import DatasetWindow
 from shared.documents.document import Document

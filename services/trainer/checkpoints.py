@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.child import Json
+from services.trainer.protocol import News, Saved
 from shared.documents.document import Document, body_of
 from shared.documents.training import StoredPartial
 from shared.errors import Claimed, Unavailable
@@ -65,13 +65,13 @@ class Checkpoints:
             return False
         return True
 
-    def told(self, progress: Json) -> None:
-        """Hear what the training process tells: the `checkpoint` it saved, and at which `step`."""
-        if "checkpoint" not in progress:
+    def told(self, news: News) -> None:
+        """Hear what the training process tells: which checkpoint it saved, and at which step."""
+        if not isinstance(news, Saved):
             return
         if self._newest is not None:  # it comes faster than S3 takes it
             self._newest[0].unlink()
-        self._newest = Path(progress["checkpoint"]), progress["step"]
+        self._newest = Path(news.checkpoint), news.step
         self._woken.set()
 
     @asynccontextmanager

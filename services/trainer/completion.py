@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 
 from services.trainer.products import card, curves
+from services.trainer.protocol import Generate
 from services.trainer.run import Run
 from shared.documents.arrays import Units
 from shared.documents.training import StoredCompletion, StoredRound
@@ -34,16 +35,18 @@ async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> Stored
     (out / "rounds.json").write_text(json.dumps(history), encoding="utf-8")
 
     # Make.
-    asked = {
-        "do": "generate",
-        "config": str(out / "config.js"),
-        "checkpoint": str(out / "checkpoint.pt"),
-        "n_images": request.n_images,
-        "out": str(out),
-        "rounds": str(out / "rounds.json") if run.ports.settings.tensorboard else None,
-        "units": {"modality": units.modality, "window": units.window},
-        "classes": manifest.classes,
-    }
+    settings = run.ports.settings
+    asked = Generate(
+        config=str(out / "config.js"),
+        checkpoint=str(out / "checkpoint.pt"),
+        n_images=request.n_images,
+        out=str(out),
+        rounds=str(out / "rounds.json") if settings.tensorboard else None,
+        units=units,
+        classes=manifest.classes,
+        device=settings.device,
+        threads=settings.threads,
+    )
     made = await run.ask(len(rounds) + 1, asked)
     described = card.describe(keys.manifest.key, chosen, manifest, units, made)
     (out / "generator.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -53,7 +56,7 @@ async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> Stored
     await asyncio.to_thread(lambda: curves.draw(history, threshold).save(out / "curves.png"))
 
     # Store.
-    for name in [*made["files"], "curves.png", "card.md", "medigan.json", "generator.json"]:
+    for name in [*made.files, "curves.png", "card.md", "medigan.json", "generator.json"]:
         await objects.upload(out / name, keys.product(name))
     told = CompletedTraining(
         request_id=request.request_id,

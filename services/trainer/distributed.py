@@ -28,17 +28,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from shared import child
-from shared.child import Json, Progress
+from shared.child import Json, Message, Progress
 from shared.errors import Unprocessable
 
 PATIENCE = timedelta(days=365)
 """A process waits for the next call for as long as there is none. One that hangs ends with the service's deadline."""
 PORT = 29_500
 """Where the first of several machines is met; torchrun's own default."""
-TOGETHER = "train"
-"""The call that all processes do."""
-
-Answer = Callable[[Json, Progress], Any]
+Answer = Callable[[Any, Progress], Message]
 
 
 def is_first() -> bool:
@@ -86,12 +83,12 @@ def agreed(*, wanted: bool) -> bool:
     return bool(flag)
 
 
-def serve(answer: Answer) -> None:
-    """Answer the service's calls until it closes standard input, with the other processes if there are any."""
+def serve(answer: Answer, read: Callable[[Json], Any], *, together: type) -> None:
+    """Answer the service's calls until it closes standard input; those of type `together` with all processes."""
     if not dist.is_torchelastic_launched():
-        child.serve(answer)
+        child.serve(answer, read)
     elif os.environ["RANK"] == "0":
-        child.serve(lambda request, tell: _lead(answer, request, tell))
+        child.serve(lambda request, tell: _lead(answer, request, tell, together), read)
         _join()
         _passed_on(None)
     else:
@@ -105,9 +102,9 @@ def serve(answer: Answer) -> None:
         dist.destroy_process_group()
 
 
-def _lead(answer: Answer, request: Json, tell: Progress) -> Any:
+def _lead(answer: Answer, request: Any, tell: Progress, together: type) -> Message:
     _join()  # not before the first call: gloo prints to standard output, which is the service's until then
-    if request["do"] != TOGETHER:
+    if not isinstance(request, together):
         return answer(request, tell)
     try:
         _passed_on(request)
@@ -119,7 +116,7 @@ def _lead(answer: Answer, request: Json, tell: Progress) -> Any:
         os._exit(1)
 
 
-def _together(answer: Answer, request: Json, tell: Progress) -> Any:
+def _together(answer: Answer, request: Any, tell: Progress) -> Message:
     """Answer, and wait until all have: then the service may delete the files that they read."""
     try:
         reply = answer(request, tell)
@@ -142,7 +139,7 @@ def _join() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
-def _passed_on(request: Json | None) -> Json | None:
+def _passed_on(request: Any) -> Any:
     """Return the first process's request, in all of them."""
     requests = [request]
     dist.broadcast_object_list(requests, src=0, device=torch.device("cpu"))

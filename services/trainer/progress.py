@@ -2,28 +2,28 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from services.trainer.jsconfig import checked_config
+from services.trainer.protocol import Losses, News
 from services.trainer.run import Run
-from shared.child import Json, Progress
 from shared.documents.training import StoredPlan, StoredProgress
 from shared.errors import Unavailable
 from shared.idempotency import store
 
 
 @asynccontextmanager
-async def shown(run: Run, plan: StoredPlan) -> AsyncIterator[Progress]:
+async def shown(run: Run, plan: StoredPlan) -> AsyncIterator[Callable[[News], None]]:
     """Give the block what is to hear of the losses; the last that it heard is stored while the block runs.
 
     The training process tells every few seconds, and so often at most is it written.
     """
     config = checked_config(plan.config)
-    news: asyncio.Queue[Json] = asyncio.Queue()
+    news: asyncio.Queue[Losses] = asyncio.Queue()
 
-    def hear(told: Json) -> None:
-        if "generator_loss" in told:
+    def hear(told: News) -> None:
+        if isinstance(told, Losses):
             news.put_nowait(told)
 
     async def keep() -> None:
@@ -33,11 +33,11 @@ async def shown(run: Run, plan: StoredPlan) -> AsyncIterator[Progress]:
                 told = news.get_nowait()
             progress = StoredProgress(
                 round=plan.round,
-                step=told["step"] - plan.until + config.steps,
+                step=told.step - plan.until + config.steps,
                 of_steps=config.steps,
-                images_seen=told["step"] * config.batch_size,
-                generator_loss=told["generator_loss"],
-                discriminator_loss=told["discriminator_loss"],
+                images_seen=told.step * config.batch_size,
+                generator_loss=told.generator_loss,
+                discriminator_loss=told.discriminator_loss,
                 time=run.ports.clock(),
             )
             with contextlib.suppress(Unavailable):

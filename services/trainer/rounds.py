@@ -5,12 +5,14 @@ A round that diverges is tried again: its plan, its checkpoints and what was tra
 
 import asyncio
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 
 from services.trainer.checkpoints import Checkpoints
 from services.trainer.config import DEFAULT_CONFIG, InvalidConfig, TrainingConfig, UnknownParameter
 from services.trainer.jsconfig import modify_config, read_config
 from services.trainer.progress import shown
+from services.trainer.protocol import Diverged, Evaluate, Extractor, Images, Job, News, Paused, Train
 from services.trainer.reasons import CannotTrain
 from services.trainer.run import Ports, Run
 from services.trainer.strategy import optuna_search, policy
@@ -19,7 +21,7 @@ from shared.documents.training import StoredPlan, StoredRound, StoredState, Stor
 from shared.errors import Continue
 from shared.idempotency import store_once, stored
 from shared.log import get_logger
-from shared.messages import Evaluation, TrainingRound, TrainingRoundCompleted
+from shared.messages import TrainingRound, TrainingRoundCompleted
 from shared.objects import ObjectMissing
 
 log = get_logger()
@@ -126,17 +128,18 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
             checkpoint = None
 
     # Train.
-    asked = {
-        "do": "train",
-        "job": {"folder": run.keys.folder, "name": f"{plan.round}-{plan.number}"},
-        "images": images,
-        "config": str(out / "config.js"),
-        "checkpoint": str(checkpoint) if checkpoint else None,
-        "until": plan.until,
-        "out": str(out),
-        "checkpoint_s": ports.settings.checkpoint_s,
-        "stop": str(out / "stop"),
-    }
+    asked = Train(
+        images=Images(**images),
+        config=str(out / "config.js"),
+        checkpoint=str(checkpoint) if checkpoint else None,
+        until=plan.until,
+        out=str(out),
+        checkpoint_s=ports.settings.checkpoint_s,
+        stop=str(out / "stop"),
+        device=ports.settings.device,
+        threads=ports.settings.threads,
+        job=Job(run.keys.folder, f"{plan.round}-{plan.number}"),
+    )
     async with (
         run.attempt(plan.round, checkpoints.reached),
         checkpoints.stored(),
@@ -144,15 +147,15 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
         shown(run, plan) as hear,
     ):
 
-        def told(progress: Json) -> None:
-            checkpoints.told(progress)
-            hear(progress)
+        def told(news: News) -> None:
+            checkpoints.told(news)
+            hear(news)
 
         reply = await run.call(plan.round, asked, told)
-    if reply["outcome"] == "paused":
+    if isinstance(reply, Paused):
         log.info("training.paused", request_id=run.request.request_id, round=plan.round, step=checkpoints.reached())
         raise Continue
-    if reply["outcome"] == "diverged":
+    if isinstance(reply, Diverged):
         await _note_divergence(run, plan)
         return None
 
@@ -161,7 +164,7 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
     await ports.objects.upload(out / "checkpoint.pt", key)
     return await store_once(
         keys.trained(plan.number),
-        StoredTrained.model_validate({**reply, "checkpoint_key": key}),
+        StoredTrained.model_validate({**asdict(reply), "checkpoint_key": key}),
         objects=ports.objects,
     )
 
@@ -177,16 +180,17 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
 
     # Evaluate.
     await objects.download(trained.checkpoint_key, out / "checkpoint.pt")
-    asked = {
-        "do": "evaluate",
-        "images": images,
-        "config": str(out / "config.js"),
-        "checkpoint": str(out / "checkpoint.pt"),
-        "out": str(out),
-        "extractor": _extractor(run.ports),
-    }
+    asked = Evaluate(
+        images=Images(**images),
+        config=str(out / "config.js"),
+        checkpoint=str(out / "checkpoint.pt"),
+        out=str(out),
+        device=run.ports.settings.device,
+        threads=run.ports.settings.threads,
+        extractor=_extractor(run.ports),
+    )
     reply = await run.ask(plan.round, asked, reached=trained.step)
-    if reply["evaluation"] is None:
+    if reply.evaluation is None:
         await _note_divergence(run, plan)
         return None
 
@@ -201,11 +205,11 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
         round=plan.round,
         steps=int(parameters["steps"]),
         rule=plan.rule,
-        evaluation=Evaluation.model_validate(reply["evaluation"]),
+        evaluation=reply.evaluation,
         approved=False,
         config=parameters,
         config_key=config_key,
-        duration_s=round(trained.trained_s + reply["seconds"], 3),
+        duration_s=round(trained.trained_s + reply.seconds, 3),
     )
     done = StoredRound(
         **trained.model_dump(),
@@ -213,7 +217,7 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
         time=run.ports.clock(),
         images_key=images_key,
         continued_from=plan.continue_from,
-        n_features=reply["evaluation"]["d"],
+        n_features=reply.n_features,
     )
     why_not = policy.why_not(policy.Observation.of(done), policy.Goal.of(run.request))
     done = done.model_copy(update={"told": told.model_copy(update={"approved": not why_not, "why_not": why_not})})
@@ -247,11 +251,11 @@ async def _note_divergence(run: Run, plan: StoredPlan) -> None:
     await run.store_state(StoredState(round=plan.round, divergences=divergences, failed_of="diverged"))
 
 
-def _extractor(ports: Ports) -> Json | None:
+def _extractor(ports: Ports) -> Extractor | None:
     if ports.extractor is None:
         return None
     settings = ports.settings
-    return {"path": str(ports.extractor), "sha256": settings.features_sha256, "size": settings.features_size}
+    return Extractor(str(ports.extractor), settings.features_sha256 or "", settings.features_size)
 
 
 def _work_dir(run: Run, plan: StoredPlan) -> Path:

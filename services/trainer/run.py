@@ -4,14 +4,14 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from services.trainer.reasons import CannotTrain
 from services.trainer.settings import TrainerSettings
-from shared.child import ChildFailed, Json, Progress
+from shared.child import ChildFailed, Progress, Request
 from shared.documents.training import StoredRound, StoredState
 from shared.errors import Continue, Unavailable, Unprocessable
 from shared.idempotency import store, stored
@@ -27,14 +27,16 @@ given up."""
 HAND_OVER_S = 300.0
 """Seconds before the end of the message's 12 hours at which a training is stored, to go on in a new message."""
 
+Reply = TypeVar("Reply")
+
 log = get_logger()
 
 
 class Worker(Protocol):
     """What computes; `Child` and `SageMaker` are."""
 
-    async def call(self, request: Json, *, deadline_s: float, on_progress: Progress | None = None) -> Any:
-        """Do what a function of services/trainer/worker.py does. Raises as `Child.call`."""
+    async def call(self, request: Request[Reply], *, deadline_s: float, on_progress: Progress | None = None) -> Reply:
+        """Do what services/trainer/worker.py does. Raises as `Child.call`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Run:
         await store(self.keys.state, state, objects=self.ports.objects)
         _checked(state)
 
-    async def ask(self, number: int, asked: Json, *, reached: int = 0) -> Json:
+    async def ask(self, number: int, asked: Request[Reply], *, reached: int = 0) -> Reply:
         """Have the training process do one thing for round `number`, which is at step `reached`."""
         async with self.attempt(number, lambda: reached):
             return await self.call(number, asked)
@@ -116,7 +118,7 @@ class Run:
             await self.store_state(state)
             raise Unavailable(f"the training process failed: {failed.reason_code}") from None
 
-    async def call(self, number: int, asked: Json, told: Progress = lambda _: None) -> Json:
+    async def call(self, number: int, asked: Request[Reply], told: Progress = lambda _: None) -> Reply:
         """Have the training process do one thing; `told` hears what it tells on the way.
 
         Raises:
@@ -129,19 +131,14 @@ class Run:
             raise Continue
         bound = log.bind(request_id=self.request.request_id, round=number)
 
-        def on_progress(progress: Json) -> None:
-            told(progress)
-            bound.info("training.progress", **progress)
+        def on_progress(news: Any) -> None:
+            told(news)
+            bound.info("training.progress", **asdict(news))
 
         try:
-            reply: Json = await ports.worker.call(
-                {**asked, "device": settings.device, "threads": settings.threads},
-                deadline_s=settings.round_deadline_s,
-                on_progress=on_progress,
-            )
+            return await ports.worker.call(asked, deadline_s=settings.round_deadline_s, on_progress=on_progress)
         except Unprocessable as refused:
             raise CannotTrain(refused.reason_code) from None
-        return reply
 
     @contextlib.asynccontextmanager
     async def touched_at_the_end(self, path: Path) -> AsyncIterator[None]:

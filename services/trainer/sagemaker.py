@@ -31,14 +31,15 @@ import itertools
 import json
 import re
 import tarfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
+from services.trainer.protocol import OUTCOMES, Job, Losses, Outcome, Paused, Saved, Train
 from services.trainer.settings import TrainerSettings
 from shared.aws_errors import AWS_ERRORS, answering, code_of, is_answer
-from shared.child import Child, ChildFailed, Json, Progress
+from shared.child import Child, ChildFailed, Json, Progress, Request
 from shared.concurrency import all_of
 from shared.errors import Unavailable, Unprocessable
 from shared.keys import JobKeys
@@ -61,6 +62,7 @@ PARTIAL = re.compile(r"partial\.([0-9]+)\.pt")
 FAILURE = re.compile(r"radqueue: (out_of_memory|crashed|raised)(?: (\w+))?(?: (\S+:\d+))?")
 """What services/trainer/sagemaker_entry.py says of a failure: reason, type of the exception, and its place."""
 RETURNED = ("reply.json", "checkpoint.pt")
+Reply = TypeVar("Reply")
 
 log = get_logger()
 
@@ -85,7 +87,7 @@ class SageMaker:
         self._client, self._objects, self._local, self._settings = client, objects, local, settings
         self._poll_s = poll_s
 
-    async def call(self, request: Json, *, deadline_s: float, on_progress: Progress | None = None) -> Any:
+    async def call(self, request: Request[Reply], *, deadline_s: float, on_progress: Progress | None = None) -> Reply:
         """Do what `Child.call` does. `deadline_s` is the job's own, so that time in its queue does not count.
 
         Raises:
@@ -93,26 +95,27 @@ class SageMaker:
             Unprocessable: the job says so.
             Unavailable: SageMaker or S3 does not answer, or refuses the job; to be tried again.
         """
-        if request["do"] != "train":
+        if not isinstance(request, Train) or request.job is None:
             return await self._local.call(request, deadline_s=deadline_s, on_progress=on_progress)
-        folder, name = request["job"]["folder"], request["job"]["name"]
+        trained = await self._train(request, request.job, deadline_s, on_progress or (lambda _: None))
+        return cast("Reply", trained)  # it is what Train names
+
+    async def _train(self, request: Train, named: Job, deadline_s: float, tell: Progress) -> Outcome:
         # Two deployments may have one account, and job names are the account's.
-        whose = hashlib.sha256(f"{self._objects.bucket}/{folder}".encode()).hexdigest()[:16]
-        keys = JobKeys(folder, name)
-        following = _Following(self._objects, keys, request, on_progress or (lambda _: None))
-        reply: Json | None = None
+        whose = hashlib.sha256(f"{self._objects.bucket}/{named.folder}".encode()).hexdigest()[:16]
+        keys = JobKeys(named.folder, named.name)
+        following = _Following(self._objects, keys, request, tell)
+        reply: Outcome | None = None
         numbers = itertools.count()
         while reply is None:
-            job = f"radqueue-{whose}-{name}-{next(numbers)}"
+            job = f"radqueue-{whose}-{named.name}-{next(numbers)}"
             created = False
             if await self._described(job) is None:
                 created = await self._create(job, request, keys, deadline_s)
             reply = await self._follow(job, following, created=created)
-        if "unprocessable" in reply:
-            raise Unprocessable(reply["unprocessable"])
         return reply
 
-    async def _follow(self, job: str, following: "_Following", *, created: bool) -> Json | None:
+    async def _follow(self, job: str, following: "_Following", *, created: bool) -> Outcome | None:
         """Return the reply; None where the job had ended without one before this worker looked."""
         seen_running = created
         while True:
@@ -130,7 +133,7 @@ class SageMaker:
             seen_running = True
             if await self._stopped_meanwhile(following.stop):
                 log.info("training.job_left_running", job=job)
-                return {"outcome": "paused"}
+                return Paused()
 
     async def _stopped_meanwhile(self, stop: Path) -> bool:
         """Wait until the next look is due; tells at once where the file `stop` is made."""
@@ -150,7 +153,7 @@ class SageMaker:
                 raise
         return told
 
-    async def _create(self, job: str, request: Json, keys: JobKeys, deadline_s: float) -> bool:
+    async def _create(self, job: str, request: Train, keys: JobKeys, deadline_s: float) -> bool:
         """Create the job; tells whether it did, and not another worker before it."""
         await self._store_input(request, keys, keys.input(job))
         with answering("SageMaker"):
@@ -165,21 +168,21 @@ class SageMaker:
         log.info("training.job_created", job=job)
         return True
 
-    async def _store_input(self, request: Json, keys: JobKeys, prefix: str) -> None:
+    async def _store_input(self, request: Train, keys: JobKeys, prefix: str) -> None:
         async def store_array(path: Path) -> None:
             key = f"{keys.data}{path.name}"
             if not await self._objects.exists(key):
                 await self._objects.upload(path, key)
 
-        arrays = [Path(path) for path in request["images"]["train"]]
+        arrays = [Path(path) for path in request.images.train]
         await all_of([partial(store_array, path) for path in arrays], at_once=UPLOADS)
-        images = {**request["images"], "train": [path.name for path in arrays], "held_out": []}
-        await self._objects.put(f"{prefix}images.json", json.dumps(images).encode())
-        await self._objects.upload(Path(request["config"]), f"{prefix}config.js")
-        if request["checkpoint"]:
-            await self._objects.upload(Path(request["checkpoint"]), f"{prefix}start.pt")
+        images = replace(request.images, train=[path.name for path in arrays], held_out=[])
+        await self._objects.put(f"{prefix}images.json", json.dumps(asdict(images)).encode())
+        await self._objects.upload(Path(request.config), f"{prefix}config.js")
+        if request.checkpoint:
+            await self._objects.upload(Path(request.checkpoint), f"{prefix}start.pt")
 
-    def _described_as(self, job: str, request: Json, keys: JobKeys, deadline_s: float) -> Json:
+    def _described_as(self, job: str, request: Train, keys: JobKeys, deadline_s: float) -> Json:
         settings, base = self._settings, f"s3://{self._objects.bucket}"
         longest_s = max(1, int(deadline_s))
         stopping = {"MaxRuntimeInSeconds": longest_s}
@@ -193,7 +196,7 @@ class SageMaker:
                 "ContainerEntrypoint": ENTRY,
             },
             "RoleArn": settings.sagemaker_role,
-            "HyperParameters": {name: json.dumps(request[name]) for name in HYPERPARAMETERS},
+            "HyperParameters": {name: json.dumps(getattr(request, name)) for name in HYPERPARAMETERS},
             "InputDataConfig": [
                 _channel("arrays", f"{base}/{keys.data}"),
                 _channel("job", f"{base}/{keys.input(job)}"),
@@ -218,7 +221,7 @@ class _Following:
 
     objects: ObjectStore
     keys: JobKeys
-    request: Json
+    request: Train
     tell: Progress
     step: int | None = None
     """Of the newest checkpoint."""
@@ -227,7 +230,7 @@ class _Following:
 
     @property
     def stop(self) -> Path:
-        return Path(self.request["stop"])
+        return Path(self.request.stop)
 
     async def pass_on(self) -> None:
         """Tell what is new, and delete what is old. Checkpoints of before the first look are no news."""
@@ -235,26 +238,33 @@ class _Following:
         async for item in self.objects.list(f"{self.keys.checkpoints}/"):
             name = item.key.rpartition("/")[2]
             if name == "progress.json" and item.etag != self.progress:
-                self.tell(json.loads(await self.objects.get(item.key)))
+                self.tell(Losses(**json.loads(await self.objects.get(item.key))))
                 self.progress = item.etag
             elif found := PARTIAL.fullmatch(name):
                 partials[int(found[1])] = item.key
         newest = max(partials, default=0)
         if self.step is not None and newest > self.step:
-            path = Path(self.request["out"]) / f"partial.{newest}.pt"
+            path = Path(self.request.out) / f"partial.{newest}.pt"
             await self.objects.download(partials[newest], path)
-            self.tell({"checkpoint": str(path), "step": newest})
+            self.tell(Saved(str(path), newest))
         self.step = newest
         for step in partials.keys() - {newest}:
             await self.objects.delete(partials[step])
 
-    async def returned(self, job: str) -> Json | None:
-        """Return the reply of a job that ended well, and put its checkpoint in place; None where it had paused."""
-        out = Path(self.request["out"])
+    async def returned(self, job: str) -> Outcome | None:
+        """Return the reply of a job that ended well, and put its checkpoint in place; None where it had paused.
+
+        Raises:
+            Unprocessable: the job says so.
+        """
+        out = Path(self.request.out)
         await self.objects.download(self.keys.returned(job), out / "model.tar.gz")
         await asyncio.to_thread(_unpack, out / "model.tar.gz", out)
         reply: Json = json.loads((out / "reply.json").read_bytes())
-        return None if reply.get("outcome") == "paused" else reply
+        if "unprocessable" in reply:
+            raise Unprocessable(reply["unprocessable"])
+        outcome = OUTCOMES.validate_python(reply)
+        return None if isinstance(outcome, Paused) else outcome
 
 
 def _channel(name: str, uri: str) -> Json:

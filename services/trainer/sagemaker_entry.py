@@ -21,11 +21,13 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from services.trainer.__main__ import TOGETHER, WORKER, WORKER_ENVIRONMENT
+from services.trainer.protocol import Images, News, Saved, Train
 from services.trainer.sagemaker import HYPERPARAMETERS, PARTIAL
-from shared.child import Child, ChildFailed, Json
+from shared.child import Child, ChildFailed
 from shared.errors import Unprocessable
 
 LONGEST_END_S = 60.0
@@ -46,19 +48,20 @@ async def train(root: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.touch)
 
-    def tell(progress: Json) -> None:
-        if "checkpoint" in progress:
+    def tell(news: News) -> None:
+        if isinstance(news, Saved):
             for step, path in _partials(checkpoints).items():
-                if step < progress["step"]:
+                if step < news.step:
                     path.unlink()
         else:
             part = checkpoints / "progress.part"
-            part.write_text(json.dumps(progress), encoding="utf-8")
+            part.write_text(json.dumps(asdict(news)), encoding="utf-8")
             part.replace(checkpoints / "progress.json")
 
     worker = Child(argv, env=WORKER_ENVIRONMENT)
     try:
-        reply = await worker.call(_call(root, checkpoints, stop), deadline_s=math.inf, on_progress=tell)
+        outcome = await worker.call(_call(root, checkpoints, stop), deadline_s=math.inf, on_progress=tell)
+        reply = asdict(outcome)
     except Unprocessable as refused:
         reply = {"unprocessable": refused.reason_code}
     except ChildFailed as failed:
@@ -79,19 +82,18 @@ def _argv(hosts: list[str], number: int) -> tuple[str, ...]:
     return (*TOGETHER, "0") if len(list(Path("/dev").glob("nvidia[0-9]*"))) > 1 else WORKER
 
 
-def _call(root: Path, checkpoints: Path, stop: Path) -> Json:
+def _call(root: Path, checkpoints: Path, stop: Path) -> Train:
     given = json.loads((root / "input/config/hyperparameters.json").read_bytes())
     inputs, arrays = root / "input/data/job", root / "input/data/arrays"
-    images = json.loads((inputs / "images.json").read_bytes())
-    return {
-        "do": "train",
-        "images": {**images, "train": [str(arrays / name) for name in images["train"]]},
-        "config": str(inputs / "config.js"),
-        "checkpoint": _newest(inputs / "start.pt", checkpoints),
-        "out": str(checkpoints),
-        "stop": str(stop),
+    images = Images(**json.loads((inputs / "images.json").read_bytes()))
+    return Train(
+        images=replace(images, train=[str(arrays / name) for name in images.train]),
+        config=str(inputs / "config.js"),
+        checkpoint=_newest(inputs / "start.pt", checkpoints),
+        out=str(checkpoints),
+        stop=str(stop),
         **{name: json.loads(given[name]) for name in HYPERPARAMETERS},
-    }
+    )
 
 
 def _newest(start: Path, checkpoints: Path) -> str | None:

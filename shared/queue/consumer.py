@@ -14,6 +14,7 @@ import structlog
 from shared import delivery
 from shared import metrics as declared
 from shared.aws_errors import AWS_ERRORS, code_of
+from shared.concurrency import Stop
 from shared.config import ServiceSettings
 from shared.errors import Claimed, Unprocessable
 from shared.log import get_logger
@@ -21,9 +22,18 @@ from shared.messages import Event, Message, decode
 from shared.metrics import Metrics
 from shared.queue.circuit import Circuit
 from shared.queue.deletes import Deleter
-from shared.queue.fates import Fate, dead_letter_attributes, fate_of, is_bug, reason_of, retry_delay_s, why_of
+from shared.queue.fates import (
+    MOST_DEATHS,
+    Fate,
+    dead_letter_attributes,
+    fate_of,
+    is_bug,
+    reason_of,
+    retry_delay_s,
+    why_of,
+)
 from shared.queue.leases import LeaseKeeper
-from shared.queue.sqs import BATCH, Received, SqsQueue, open_queue
+from shared.queue.sqs import BATCH, POLL_MARGIN_S, Received, SqsQueue, open_queue
 from shared.queue.trace import handling
 
 if TYPE_CHECKING:
@@ -32,8 +42,6 @@ if TYPE_CHECKING:
 LONGEST_BACKOFF_S = 30.0
 SETTLE_GRACE_S = 5.0
 """Seconds that sending on, dead-lettering or releasing a message may take at a stop."""
-POLL_MARGIN_S = 5.0
-"""Seconds after its wait at which a poll that did not answer counts as abandoned."""
 LEVELS = {
     Fate.DELETE: logging.INFO,
     Fate.CONTINUE: logging.INFO,
@@ -60,9 +68,12 @@ async def consume(
     `handlers` maps a message's class to the async function that handles it; a class that is not there is dead-lettered.
 
     Raises:
-        Misconfigured: the queue or its dead-letter queue does not exist.
+        Misconfigured: the queue or its dead-letter queue does not exist, or cannot be used.
     """
-    consumer = _Consumer(handlers, await open_queue(sqs, queue), settings, stop, metrics)
+    opened = await open_queue(sqs, queue, patience_s=settings.start_patience_s)
+    if isinstance(stop, Stop):
+        stop.begun = True
+    consumer = _Consumer(handlers, opened, settings, stop, metrics)
     log.info("queue.consuming", queue=queue)
     await consumer.run()
 
@@ -78,6 +89,9 @@ class _Consumer:
     """For what is logged with every message: the module's is bound anew for each line."""
     circuit: Circuit = field(default_factory=Circuit)
     running: "dict[Received, asyncio.Task[None]]" = field(default_factory=dict)
+    """What takes a slot: messages whose handler runs, or whose fate is being brought about."""
+    finished: "set[asyncio.Task[None]]" = field(default_factory=set)
+    """Messages that are done with, and that SQS has not deleted yet."""
     slot_freed: asyncio.Event = field(default_factory=asyncio.Event)
     poll: "asyncio.Task[list[Received]] | None" = None
     poll_ends: float = 0.0
@@ -108,7 +122,7 @@ class _Consumer:
             await self._drain()
         finally:
             polling = [] if self.poll is None else [self.poll]
-            await _cancel(self.stopping, receiving, *polling, *self.running.values(), *background)
+            await _cancel(self.stopping, receiving, *polling, *self.running.values(), *self.finished, *background)
 
     # Receive.
 
@@ -130,7 +144,8 @@ class _Consumer:
             try:
                 messages = self.poll.result()
                 self.poll = None
-            except AWS_ERRORS as error:
+            except Exception as error:  # noqa: BLE001 - an answer that botocore cannot read ends no worker
+                self.poll = None
                 failures += 1
                 delay_s = random.uniform(0, min(LONGEST_BACKOFF_S, 2.0 ** min(failures, 10)))  # noqa: S311 - jitter
                 log.warning("queue.poll_failed", error=code_of(error), failures=failures, delay_s=round(delay_s, 1))
@@ -142,6 +157,8 @@ class _Consumer:
     async def _slots(self) -> int:
         """Wait for a free slot; return how many messages to poll for, which is none if the wait ended otherwise."""
         free = self.settings.slots - len(self.running)
+        # What is finished and not deleted runs again if this process is killed: it is bounded while deletes fail.
+        free = min(free, free + BATCH - len(self.finished))
         # While the circuit is open, one message at a time shows whether it works again.
         if free <= 0 or (self.circuit.is_open and self.running):
             self.slot_freed.clear()
@@ -183,21 +200,46 @@ class _Consumer:
         except BaseException as caught:  # noqa: BLE001 - the table decides, on cancellation too
             error = caught
         message.handler = None  # a lease that is lost from here on has nobody to tell
-        fate = fate_of(error, message.receive_count)
+        seconds = time.monotonic() - started
+        message.bugs += is_bug(error)
+        fate = fate_of(error, message.bugs)
+        self._note(fate, error)
         try:
-            self._tell(message, fate, error, time.monotonic() - started)
-            await self._settle(message, fate, error)
+            deleted = await self._settle(message, fate, error)
         except Exception as failed:
             # The message is left alone and comes again after its visibility timeout: nothing is lost. Of a bug, too:
             # a message that stayed held would come again after 12 hours.
             self.keeper.drop(message)
             bug = None if isinstance(failed, AWS_ERRORS) else failed
             log.warning("message.not_settled", error=code_of(failed), exc_info=bug)
+            return
         finally:
-            del self.running[message]
-            self.slot_freed.set()
+            self._free(message)
+        if deleted is not None:
+            await deleted
+        self._tell(message, fate, error, seconds)
+
+    def _free(self, message: Received) -> None:
+        """Give the slot back; the rest of the task is kept count of until it ends."""
+        task = self.running.pop(message)
+        self.finished.add(task)
+        task.add_done_callback(self._gone)
+        self.slot_freed.set()
+
+    def _gone(self, task: "asyncio.Task[None]") -> None:
+        self.finished.discard(task)
+        self.slot_freed.set()
+
+    def _note(self, fate: Fate, error: BaseException | None) -> None:
+        """Tell the circuit how the handler ended, if that says whether work can be done: bad messages say nothing."""
+        if fate is Fate.RELEASE or isinstance(error, Claimed | Unprocessable):
+            return
+        if self.circuit.note(None if fate is Fate.CONTINUE else reason_of(error)):
+            self._count(declared.CIRCUIT_OPENED)
+            log.error("circuit.opened", reason=reason_of(error), pause_s=self.circuit.pause_s)
 
     def _tell(self, message: Received, fate: Fate, error: BaseException | None, seconds: float) -> None:
+        """Log and count a fate that has come about."""
         became = "lost" if message.lost else fate.value
         self._measure(declared.HANDLER_SECONDS, round(seconds, 3))
         self._count(declared.MESSAGE_FATES, Fate=became)
@@ -210,13 +252,12 @@ class _Consumer:
             why=why_of(error),
             exc_info=error if is_bug(error) else None,
         )
-        if fate is Fate.RELEASE or isinstance(error, Claimed):  # neither tells whether work can be done
-            return
-        if self.circuit.note(None if fate is Fate.CONTINUE else reason_of(error)):
-            self._count(declared.CIRCUIT_OPENED)
-            log.error("circuit.opened", reason=reason_of(error), pause_s=self.circuit.pause_s)
 
     async def _dispatch(self, message: Received) -> None:
+        if message.fault is not None:
+            raise message.fault
+        if message.deaths >= MOST_DEATHS:
+            raise Unprocessable("worker_died")
         decoded = decode(message.body)
         with handling(f"{self.queue.name} process", decoded.traceparent):
             if isinstance(decoded, Event):
@@ -226,22 +267,40 @@ class _Consumer:
                 raise Unprocessable("wrong_queue")
             await handler(decoded)
 
-    async def _settle(self, message: Received, fate: Fate, error: BaseException | None) -> None:
+    async def _settle(
+        self, message: Received, fate: Fate, error: BaseException | None
+    ) -> "asyncio.Future[None] | None":
+        """Bring the fate about; what is returned is done once SQS has deleted the message."""
         if message.lost is not None:
-            return
-        if fate is Fate.RETRY:
-            await self.keeper.release([message], retry_delay_s(message.receive_count, self.settings.retry_base_s))
-            return
-        if fate is Fate.RELEASE:
-            await self._release(message)
-            return
+            return None
+        if fate in (Fate.RETRY, Fate.RELEASE):
+            return await self._give_back(message, fate, bug=is_bug(error))
         if fate is Fate.DEAD_LETTER:
             attributes = dead_letter_attributes(error, message.receive_count)
             await self.queue.dead_letter(message, attributes)
             self._count(declared.DEAD_LETTERS, Reason=attributes["reason_code"])
         elif fate is Fate.CONTINUE:
-            await self.queue.send_again(message)
-        self.deleter.delete(message)
+            await self.queue.send_again(message, {"attempt": message.attempt + 1})
+        return self.deleter.delete(message)
+
+    async def _give_back(self, message: Received, fate: Fate, *, bug: bool) -> "asyncio.Future[None] | None":
+        """Have the message come again: by its visibility, or as a new one where counts must go along.
+
+        SQS counts receives and nothing else. So that what is given back in good order is told from what a killed worker
+        leaves, only the first time is by visibility; whether it was that or a kill is not known, and not counted.
+        """
+        if fate is Fate.RELEASE:
+            delay_s = self._release_delay_s()
+            self._count(declared.RELEASED_AT_DRAIN)
+        else:
+            delay_s = retry_delay_s(message.receive_count, self.settings.retry_base_s)
+        if message.receive_count == 1 and not bug:
+            await self.keeper.release([message], delay_s)
+            return None
+        deaths = message.deaths if message.receive_count > message.deliveries else max(0, message.deaths - 1)
+        counts = {"receives": message.receive_count, "deaths": deaths, "bugs": message.bugs}
+        await self.queue.send_again(message, counts | {"attempt": message.attempt}, delay_s=delay_s)
+        return self.deleter.delete(message)
 
     # Drain.
 
@@ -249,11 +308,10 @@ class _Consumer:
         """End in order: the last poll and the handlers together, then the deletes."""
         log.info("queue.draining", in_flight=len(self.running), grace_s=self.settings.grace_s)
         await asyncio.gather(self._return_last_poll(), self._end_handlers())
-        try:
-            async with asyncio.timeout(max(1.0, self.settings.grace_s)):
-                await self.deleter.all_deleted()
-        except TimeoutError:
-            log.warning("queue.deletes_given_up")
+        if self.finished:
+            _, waiting = await asyncio.wait(self.finished, timeout=max(1.0, self.settings.grace_s))
+            if waiting:
+                log.warning("queue.deletes_given_up", messages=len(waiting))
 
     async def _return_last_poll(self) -> None:
         if self.poll is None:
@@ -275,11 +333,10 @@ class _Consumer:
         if self.running:  # their handlers have ended, and what follows from that is under way
             await asyncio.wait(self.running.values(), timeout=SETTLE_GRACE_S)
 
-    async def _release(self, message: Received) -> None:
-        """Make a cancelled message visible: at once, unless a poll that may not be heard any more could take it."""
+    def _release_delay_s(self) -> int:
+        """A cancelled message is visible at once, unless a poll that may not be heard any more could take it."""
         left_s = 0.0 if self.poll is None else self.poll_ends - asyncio.get_running_loop().time()
-        await self.keeper.release([message], math.ceil(left_s) + 1 if left_s > 0 else 0)
-        self._count(declared.RELEASED_AT_DRAIN)
+        return math.ceil(left_s) + 1 if left_s > 0 else 0
 
     # Count.
 

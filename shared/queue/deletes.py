@@ -11,6 +11,7 @@ from shared.queue.sqs import BATCH, Received, SqsQueue
 WINDOW_S = 0.1
 """A batch is sent when it is full, or this long after its first message."""
 LONGEST_PAUSE_S = 5.0
+Waiting = tuple[Received, "asyncio.Future[None]"]
 log = get_logger()
 
 
@@ -21,16 +22,14 @@ class Deleter:
         """Take the queue, and who holds its messages."""
         self._queue = queue
         self._keeper = keeper
-        self._waiting: asyncio.Queue[Received] = asyncio.Queue()
+        self._waiting: asyncio.Queue[Waiting] = asyncio.Queue()
         self._pause_s = WINDOW_S
 
-    def delete(self, message: Received) -> None:
-        """Have the message deleted soon."""
-        self._waiting.put_nowait(message)
-
-    async def all_deleted(self) -> None:
-        """Wait until nothing is left to delete."""
-        await self._waiting.join()
+    def delete(self, message: Received) -> "asyncio.Future[None]":
+        """Have the message deleted soon; what is returned is done once it is, or once its lease is lost."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.put_nowait((message, done))
+        return done
 
     async def run(self) -> None:
         """Delete, for ever."""
@@ -40,18 +39,15 @@ class Deleter:
                 async with asyncio.timeout(WINDOW_S):
                     while len(batch) < BATCH:
                         batch.append(await self._waiting.get())
-            left = await self._delete([message for message in batch if message.lost is None])
+            left = await self._delete([message for message, _ in batch if message.lost is None])
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if left else WINDOW_S
-            for message in batch:
+            for message, done in batch:
                 if message in left:  # later, so that it does not hold up the others
-                    asyncio.get_running_loop().call_later(self._pause_s, self._again, message)
-                else:
-                    self._keeper.drop(message)
-                    self._waiting.task_done()
-
-    def _again(self, message: Received) -> None:
-        self._waiting.put_nowait(message)
-        self._waiting.task_done()
+                    asyncio.get_running_loop().call_later(self._pause_s, self._waiting.put_nowait, (message, done))
+                    continue
+                self._keeper.drop(message)
+                if not done.done():
+                    done.set_result(None)
 
     async def _delete(self, batch: list[Received]) -> list[Received]:
         """Return those that are to be tried again."""

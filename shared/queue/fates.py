@@ -6,8 +6,10 @@ from enum import Enum
 
 from shared.errors import Continue, Unavailable, Unprocessable, place_of
 
-BUG_RECEIVES = 3
-"""A message whose handler raises a bug goes to the dead-letter queue at this receive."""
+MOST_BUGS = 3
+"""A message whose handler raised so many bugs goes to the dead-letter queue."""
+MOST_DEATHS = 5
+"""A message that was in work when so many workers were killed goes there, too: it may be what kills them."""
 LONGEST_RETRY_S = 300.0
 
 
@@ -32,16 +34,16 @@ FATES: tuple[tuple[type, Fate], ...] = (
     (Unavailable, Fate.RETRY),
     (asyncio.CancelledError, Fate.RELEASE),
 )
-"""Anything else is a bug: retried, and dead-lettered at its third receive."""
+"""Anything else is a bug: retried, and dead-lettered when it is the third."""
 NO_BUGS = tuple(kind for kind, _ in FATES)
 
 
-def fate_of(error: BaseException | None, receive_count: int) -> Fate:
-    """Decide a message's fate from how its handler ended and how often the message was received."""
+def fate_of(error: BaseException | None, bugs: int) -> Fate:
+    """Decide a message's fate from how its handler ended, and how often that was a bug, this time included."""
     for kind, fate in FATES:
         if isinstance(error, kind):
             return fate
-    return Fate.DEAD_LETTER if receive_count >= BUG_RECEIVES else Fate.RETRY
+    return Fate.DEAD_LETTER if bugs >= MOST_BUGS else Fate.RETRY
 
 
 def is_bug(error: BaseException | None) -> bool:

@@ -37,7 +37,7 @@ class Publisher:
         publisher = cls(sqs, settings)
         for queue in sorted({queue for event in events for queue in event.queues}):
             try:
-                await patiently(partial(publisher._url, queue))
+                await patiently(partial(publisher._url, queue), settings.start_patience_s)
             except AWS_ERRORS as error:
                 raise Misconfigured(f"RADQUEUE_{queue.upper()}_QUEUE: SQS answers {code_of(error)}.") from None
         return publisher

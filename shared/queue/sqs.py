@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared.aws_errors import AWS_ERRORS, Kind, code_of, kind_of
 from shared.config import Misconfigured
+from shared.errors import Unprocessable
 from shared.log import get_logger
 
 if TYPE_CHECKING:
@@ -26,11 +27,19 @@ LONGEST_LEASE_S = 12 * 3600
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-visibility-timeout.html"""
 BEYOND_LIMIT = "beyond the limit"
 """Words by which SQS refuses an extension past that; its code is the one of an invalid handle, too."""
-START_PATIENCE_S = 30.0
-"""Seconds that SQS may take to answer at a start: a service may be started before what it needs."""
+NOT_THERE_YET = {"NonExistentQueue", "QueueDoesNotExist"}
+"""A queue that somebody may be creating now."""
+FEW_RECEIVES = 20
+"""A redrive policy that allows fewer takes good work away: outages and kills are receives, too."""
 START_PAUSE_S = 1.0
-ATTEMPT = "attempt"
-"""Message attribute: how often the work was continued in a new message."""
+COUNTS = ("attempt", "receives", "bugs", "deaths")
+"""The message attributes that go along when a message is sent again, as `Received` explains them."""
+POLL_MARGIN_S = 5.0
+"""A poll that has not answered this many seconds after its wait is given up."""
+NO_BODY = "{}"
+"""What a message without a body is dead-lettered with: SQS takes no empty one."""
+MOST_DIGITS = 18
+"""Longer numbers are nothing that SQS writes."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,8 +53,17 @@ class Received:
     message_id: str
     body: str
     receipt_handle: str
-    receive_count: int
+    deliveries: int
+    """How often SQS handed out this very message."""
     attempt: int
+    """How often the work was continued in a new message: what follows counts from there."""
+    receive_count: int
+    """How often the work was received, in this message and in those that it was sent again from."""
+    bugs: int
+    """How often its handler raised what no table knows."""
+    deaths: int
+    """How often nothing more was heard of who received it: it was killed. One too many while this very message, once
+    given back in good order, has not been sent again."""
     waited_s: float
     """From being sent to the first receive."""
     lease_until: float
@@ -56,6 +74,8 @@ class Received:
     """Who is told when the lease is lost, while the handler runs."""
     lost: str | None = None
     """Why the lease ended, once it has."""
+    fault: Unprocessable | None = None
+    """Why no message could be made of what SQS delivered; such a one is dead-lettered, never handled."""
 
 
 class SqsQueue:
@@ -69,21 +89,24 @@ class SqsQueue:
         self._dead_letter_url = dead_letter_url
 
     async def receive(self, wanted: int, *, wait_s: int, visibility_s: int) -> list[Received]:
-        """Poll for up to `wanted` messages."""
+        """Poll for up to `wanted` messages: one call, which is given up POLL_MARGIN_S after its wait."""
         before = asyncio.get_running_loop().time()
-        response = await self._sqs.receive_message(
-            QueueUrl=self._url,
-            MaxNumberOfMessages=wanted,
-            WaitTimeSeconds=wait_s,
-            VisibilityTimeout=visibility_s,
-            MessageSystemAttributeNames=[
-                "ApproximateFirstReceiveTimestamp",
-                "ApproximateReceiveCount",
-                "SentTimestamp",
-            ],
-            MessageAttributeNames=[ATTEMPT],
-        )
-        return [_received(message, before, visibility_s) for message in response.get("Messages", [])]
+        async with asyncio.timeout(wait_s + POLL_MARGIN_S):
+            response: Mapping[str, Any] = await self._sqs.receive_message(
+                QueueUrl=self._url,
+                MaxNumberOfMessages=wanted,
+                WaitTimeSeconds=wait_s,
+                VisibilityTimeout=visibility_s,
+                MessageSystemAttributeNames=[
+                    "ApproximateFirstReceiveTimestamp",
+                    "ApproximateReceiveCount",
+                    "SentTimestamp",
+                ],
+                MessageAttributeNames=list(COUNTS),
+            )
+        delivered = response.get("Messages")
+        made = [_received(one, before, visibility_s) for one in delivered] if isinstance(delivered, list) else []
+        return [message for message in made if message is not None]
 
     async def delete(self, messages: Sequence[Received]) -> list[Received]:
         """Delete up to 10; returns those that SQS did not delete and that may be tried again."""
@@ -114,23 +137,26 @@ class SqsQueue:
         """Send the body to the dead-letter queue, with the reason beside it."""
         await self._send(self._dead_letter_url, message.body, attributes)
 
-    async def send_again(self, message: Received) -> None:
-        """Send the body as a new message of this queue, with its attempt counted."""
-        await self._send(self._url, message.body, {ATTEMPT: str(message.attempt + 1)})
+    async def send_again(self, message: Received, counts: Mapping[str, int], *, delay_s: int = 0) -> None:
+        """Send the body as a new message of this queue, visible after `delay_s`, with its counts beside it."""
+        attributes = {name: str(counts[name]) for name in COUNTS if counts.get(name)}
+        await self._send(self._url, message.body, attributes, delay_s)
 
-    async def _send(self, url: str, body: str, attributes: Mapping[str, str]) -> None:
+    async def _send(self, url: str, body: str, attributes: Mapping[str, str], delay_s: int = 0) -> None:
         told: Any = {name: {"DataType": "String", "StringValue": value} for name, value in attributes.items()}
-        await self._sqs.send_message(QueueUrl=url, MessageBody=body, MessageAttributes=told)
+        await self._sqs.send_message(QueueUrl=url, MessageBody=body, MessageAttributes=told, DelaySeconds=delay_s)
 
 
-async def open_queue(sqs: "SQSClient", name: str) -> SqsQueue:
-    """Find a queue and its dead-letter queue.
+async def open_queue(sqs: "SQSClient", name: str, *, patience_s: float) -> SqsQueue:
+    """Find a queue and its dead-letter queue, for `patience_s` seconds where they do not answer or exist.
 
     Raises:
-        Misconfigured: one of them does not exist, or SQS does not answer.
+        Misconfigured: one of them cannot be used, or is not there when the patience ends.
     """
+    if name.endswith(".fifo"):
+        raise Misconfigured(f"The queue {name} is a FIFO queue: it holds up all work behind one message that fails.")
     try:
-        return await patiently(partial(_open, sqs, name))
+        return await patiently(partial(_open, sqs, name), patience_s)
     except AWS_ERRORS as error:
         raise Misconfigured(f"The queue {name} or its dead-letter queue cannot be used: {code_of(error)}.") from None
 
@@ -141,19 +167,35 @@ async def _open(sqs: "SQSClient", name: str) -> SqsQueue:
     policy = answer.get("Attributes", {}).get("RedrivePolicy")
     if policy is None:
         raise Misconfigured(f"The queue {name} has no redrive policy: give it a dead-letter queue.")
-    dead_letter_queue = json.loads(policy)["deadLetterTargetArn"].rsplit(":", 1)[1]
-    return SqsQueue(sqs, name, url, (await sqs.get_queue_url(QueueName=dead_letter_queue))["QueueUrl"])
+    redrive = json.loads(policy)
+    if int(redrive["maxReceiveCount"]) < FEW_RECEIVES:
+        log.warning("queue.few_receives", queue=name, max_receive_count=redrive["maxReceiveCount"], least=FEW_RECEIVES)
+    dead_letter_queue = redrive["deadLetterTargetArn"].rsplit(":", 1)[1]
+    dead_letter_url = (await sqs.get_queue_url(QueueName=dead_letter_queue))["QueueUrl"]
+    await _check_sendable(sqs, dead_letter_queue, dead_letter_url)
+    return SqsQueue(sqs, name, url, dead_letter_url)
 
 
-async def patiently(call: Callable[[], Awaitable[Result]]) -> Result:
-    """Make a call again while SQS does not answer it; one that is refused, or START_PATIENCE_S later, raises."""
+async def _check_sendable(sqs: "SQSClient", name: str, url: str) -> None:
+    """Send a batch of nothing, which SQS refuses to everybody, but with another error to those who may not send."""
+    try:
+        await sqs.send_message_batch(QueueUrl=url, Entries=[])
+    except AWS_ERRORS as error:
+        if kind_of(error) is Kind.DENIED:
+            raise Misconfigured(f"The dead-letter queue {name} cannot be sent to: {code_of(error)}.") from None
+        if kind_of(error) is Kind.UNAVAILABLE:
+            raise
+
+
+async def patiently(call: Callable[[], Awaitable[Result]], patience_s: float) -> Result:
+    """Make a call again while SQS does not answer it, or lacks the queue; after `patience_s`, or if refused, raise."""
     loop = asyncio.get_running_loop()
-    until = loop.time() + START_PATIENCE_S
+    until = loop.time() + patience_s
     while True:
         try:
             return await call()
         except AWS_ERRORS as error:
-            if kind_of(error) is not Kind.UNAVAILABLE or loop.time() > until:
+            if (kind_of(error) is not Kind.UNAVAILABLE and code_of(error) not in NOT_THERE_YET) or loop.time() >= until:
                 raise
             log.warning("queue.waiting", error=code_of(error))
         await asyncio.sleep(START_PAUSE_S)
@@ -165,15 +207,62 @@ def batches(items: Iterable[Item], size: int = BATCH) -> Iterator[list[Item]]:
     return (every[start : start + size] for start in range(0, len(every), size))
 
 
-def _received(message: Any, before: float, visibility_s: int) -> Received:
-    attributes = message["Attributes"]
-    return Received(
-        message_id=message["MessageId"],
-        body=message["Body"],
-        receipt_handle=message["ReceiptHandle"],
-        receive_count=int(attributes["ApproximateReceiveCount"]),
-        attempt=int(message.get("MessageAttributes", {}).get(ATTEMPT, {}).get("StringValue", "0")),
-        waited_s=(int(attributes["ApproximateFirstReceiveTimestamp"]) - int(attributes["SentTimestamp"])) / 1000,
+def _received(delivered: Any, before: float, visibility_s: int) -> Received | None:
+    """Make a message of what SQS delivered. Nothing of that is trusted: the first field that is wrong is its `fault`.
+
+    None: it has no receipt handle, so that nothing can be done with it; the queue's own maxReceiveCount ends it.
+    """
+    found = delivered if isinstance(delivered, dict) else {}
+    handle = found.get("ReceiptHandle")
+    if not isinstance(handle, str):
+        log.error("queue.delivery_without_handle")
+        return None
+    message = Received(
+        message_id="",
+        body=NO_BODY,
+        receipt_handle=handle,
+        deliveries=1,
+        attempt=0,
+        receive_count=1,
+        bugs=0,
+        deaths=0,
+        waited_s=0.0,
         lease_until=before + visibility_s,
         ends_at=before + LONGEST_LEASE_S,
     )
+    try:
+        message.body = _text(found, "Body")
+        message.message_id = _text(found, "MessageId")
+        attributes = found.get("Attributes")
+        message.deliveries = _number(attributes, "ApproximateReceiveCount", least=1)
+        first, sent = (_number(attributes, n) for n in ("ApproximateFirstReceiveTimestamp", "SentTimestamp"))
+        message.waited_s = (first - sent) / 1000
+        message.attempt, receives, message.bugs, deaths = _counts(found.get("MessageAttributes", {}))
+        message.receive_count = receives + message.deliveries
+        message.deaths = deaths + message.deliveries - 1
+    except Unprocessable as fault:
+        message.fault = fault
+    return message
+
+
+def _counts(attributes: Any) -> list[int]:
+    if not isinstance(attributes, dict):
+        raise Unprocessable("invalid_delivery", "MessageAttributes")
+    return [_number(attributes[name], "StringValue") if name in attributes else 0 for name in COUNTS]
+
+
+def _text(found: Any, name: str) -> str:
+    value = found.get(name)
+    if isinstance(value, str) and value:
+        return value
+    raise Unprocessable("invalid_delivery", name)
+
+
+def _number(found: Any, name: str, *, least: int = 0) -> int:
+    """Return a number that SQS writes as text."""
+    value = found.get(name) if isinstance(found, dict) else None
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= MOST_DIGITS:
+        number = int(value)
+        if number >= least:
+            return number
+    raise Unprocessable("invalid_delivery", name)

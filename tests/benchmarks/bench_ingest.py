@@ -34,6 +34,7 @@ from pydicom.filewriter import dcmwrite
 from pydicom.uid import JPEG2000Lossless, generate_uid
 
 from services.ingest.decoder import Decoder
+from services.ingest.protocol import ArrayConfig, Assemble, Describe
 from services.ingest.settings import IngestSettings
 from shared.aws import connect
 from shared.objects import ObjectStore
@@ -154,12 +155,11 @@ async def _made(decoder: Decoder, paths: Sequence[Path], folder: Path) -> None:
         stored = [Path(made, f"{number}.dcm") for number in range(len(paths))]
         for path, out in zip(paths, stored, strict=True):
             await decoder.normalise(path, out)
-        config = {"size": SIZE, "window": WINDOW, "percentiles": (0.5, 99.5), "leave_out": ["blank", "localizer"]}
-        request = {"paths": list(map(str, stored)), "out": f"{made}/array.npy", "blank": [], "secret": "bench"}
-        await decoder.series_call(request | {"op": "describe"})
-        told = await decoder.series_call(request | {"op": "assemble", "config": config})
-    if told["shape"] != [len(paths), SIZE, SIZE]:
-        raise RuntimeError(f"the array has another shape: {told['shape']}")
+        config, names = ArrayConfig(SIZE, WINDOW, (0.5, 99.5), ("blank", "localizer")), list(map(str, stored))
+        await decoder.series_call(Describe(names))
+        told = await decoder.series_call(Assemble(names, f"{made}/array.npy", config, [], "bench"))
+    if told.shape != [len(paths), SIZE, SIZE]:
+        raise RuntimeError(f"the array has another shape: {told.shape}")
 
 
 def _cpu_of_children(decoder: Decoder) -> tuple[float, float]:

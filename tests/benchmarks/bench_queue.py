@@ -275,7 +275,7 @@ async def _receive_and_delete(sqs: "SQSClient", n: int) -> dict[str, float]:
 
 async def _keeper(aws: Aws, n: int) -> dict[str, float]:
     """Extend `n` held messages once."""
-    queue = await open_queue(aws.sqs, QUEUE)
+    queue = await open_queue(aws.sqs, QUEUE, patience_s=0)
     extended, all_extended = 0, asyncio.Event()
     looks: list[float] = []
 

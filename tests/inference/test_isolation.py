@@ -165,11 +165,12 @@ def test_a_map_may_have_modules_of_our_names(tmp_path):
     (tmp_path / "shared.py").write_text("NAME = 'of the MAP'")
     (tmp_path / "app.py").write_text("import shared\nraise RuntimeError(shared.NAME)")
     host = json.dumps({"application": str(tmp_path)})
-    from services.inference.serving.runner import START  # noqa: PLC0415 - beside its use
+    call = b'{"id": 1, "request": {"do": "start"}}\n'
+    from services.inference.serving.host import START  # noqa: PLC0415 - beside its use
 
     root = hostfiles.lay_out(tmp_path / "host")
     done = subprocess.run(
-        [sys.executable, "-c", START, root, host], input=b"{}\n", capture_output=True, check=True, timeout=60
+        [sys.executable, "-c", START, root, host], input=call, capture_output=True, check=True, timeout=60
     )
 
     assert b"RuntimeError: of the MAP" in done.stderr

@@ -8,10 +8,10 @@ import torch
 
 from services.inference.package.maps import load
 from services.inference.serving import maphost
+from services.inference.serving.host import _run_of
 from services.inference.serving.runner import (
     GpuLost,
     MapRunner,
-    _run_of,
 )
 from shared.child import ChildFailed
 

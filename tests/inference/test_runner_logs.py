@@ -6,14 +6,9 @@ import re
 import pytest
 
 from services.inference.package.maps import load
-from services.inference.serving import runner as runner_module
-from services.inference.serving.runner import (
-    LOG_END_BYTES,
-    LOG_HEAD_BYTES,
-    MapRunner,
-    Serving,
-    _log_kept_small,
-)
+from services.inference.serving import study as study_module
+from services.inference.serving.runner import MapRunner, Serving
+from services.inference.serving.study import LOG_END_BYTES, LOG_HEAD_BYTES, log_kept_small
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -43,10 +38,10 @@ async def test_a_long_log_keeps_its_beginning_and_its_end(runner, study):
 
 async def test_a_log_takes_little_of_the_disk_while_it_grows(study, monkeypatch):
     """The middle of what is printed is freed at once, under a file that its writer has open."""
-    monkeypatch.setattr(runner_module, "LOG_LOOK_S", 0.01)
+    monkeypatch.setattr(study_module, "LOG_LOOK_S", 0.01)
     noisy = study()
     path = noisy.folder / "log.txt"
-    async with _log_kept_small(noisy):
+    async with log_kept_small(noisy):
         with path.open("ab") as log:
             log.write(b"a" * LOG_HEAD_BYTES + b"b" * 8 * LOG_HEAD_BYTES + b"c" * LOG_END_BYTES)
             log.flush()

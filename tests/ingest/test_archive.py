@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from services.ingest import archive
-from services.ingest.archive import ZipCaps, unpack
+from services.ingest.archive import unpack
+from services.ingest.protocol import ZipCaps
 from shared.errors import Unprocessable
 
 CAPS = ZipCaps(entries=20, unpacked_bytes=1 << 26, ratio=50)

@@ -1,15 +1,17 @@
 """Training arrays: values, polarity, window and shape."""
 
 import io
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
 from pydicom.sequence import Sequence
 
-from services.ingest.arrays import ArrayConfig, centred, percentile_window, shrink
+from services.ingest.arrays import centred, percentile_window, shrink
 from services.ingest.pixels import modality_values
-from services.ingest.reading import Caps, normalise
+from services.ingest.protocol import ArrayConfig, Assemble, Caps
+from services.ingest.reading import normalise
 from services.ingest.worker import answer
 
 CAPS = Caps(1 << 24, 1 << 24)
@@ -24,9 +26,8 @@ def assemble(tmp_path, files, *, secret=SECRET, blank=(), **changes):
         path.write_bytes(normalise(upload, CAPS)[1])
         paths.append(str(path))
     out = tmp_path / "out.npy"
-    request = {"paths": paths, "out": str(out), "secret": secret, "blank": list(blank), "config": CONFIG | changes}
-    told = answer(request | {"op": "assemble"}, print)
-    return np.load(out), told
+    told = answer(Assemble(paths, str(out), ArrayConfig(**CONFIG | changes), list(blank), secret), print)
+    return np.load(out), asdict(told)
 
 
 def test_slices_are_in_order_and_in_hounsfield_window(maker, make_part_10, tmp_path):

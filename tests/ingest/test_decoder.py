@@ -4,15 +4,41 @@ import asyncio
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom import dcmread
 
 from services.ingest.decoder import REASON_OF_FAILURE, Decoder, Rejected
+from services.ingest.protocol import Locate
 from services.ingest.reasons import DEAD_LETTERS, REASONS
 from services.ingest.settings import IngestSettings
 from shared.errors import Unavailable
+
+MISBEHAVING = """
+import os, sys
+from pathlib import Path
+
+replies, wish = os.dup(1), Path(sys.argv[1])
+
+from services.ingest import worker
+
+def misbehaving(do):
+    def done(asked):
+        reply = do(asked)
+        wanted = wish.read_text() if wish.exists() else ""
+        if wanted == "fork": os.fork()
+        if wanted == "talk":
+            wish.unlink()
+            os.write(replies, b"{}" + os.linesep.encode())
+        return reply
+    return done
+
+worker.OPERATIONS = {asked: misbehaving(do) for asked, do in worker.OPERATIONS.items()}
+worker.main()
+"""
 
 
 @pytest.fixture
@@ -69,6 +95,43 @@ async def test_a_reader_that_the_machine_killed_is_tried_once_more(decoder, make
         await again
 
     assert instance.series_uid == maker.series_uid
+
+
+async def test_a_library_that_forks_changes_no_reply(decoder, maker, make_part_10, tmp_path):
+    """Of each file what was read of it is told, by one process, though all that it forks come back as well."""
+    (tmp_path / "wish").write_text("fork")
+    (child,) = decoder._files.all
+    child._argv = (sys.executable, "-c", MISBEHAVING, str(tmp_path / "wish"))
+    told, pids = [], set()
+    for number in range(6):
+        (tmp_path / "file").write_bytes(make_part_10(maker.ct(number)))
+        told.append((await decoder.normalise(tmp_path / "file", tmp_path / "out")).sop_instance_uid)
+        pids.add(child.pid)
+        assert dcmread(tmp_path / "out").SOPInstanceUID == told[-1]
+
+    assert told == [maker.ct(number).SOPInstanceUID for number in range(6)]
+    assert len(pids) == 1
+
+
+async def test_a_reader_that_is_not_understood_is_replaced_and_costs_nothing(decoder, maker, make_part_10, tmp_path):
+    """A file, and a series, whose child says what is no answer is read again, by a new one."""
+    file, wish = tmp_path / "file", tmp_path / "wish"
+    file.write_bytes(make_part_10(maker.ct()))
+    children = [decoder._files.all[0], decoder._series.all[0]]
+    for child in children:
+        child._argv = (sys.executable, "-c", MISBEHAVING, str(wish))
+    await decoder.normalise(file, tmp_path / "out")
+    await decoder.series_call(Locate(str(tmp_path / "out")))
+    before = [child.pid for child in children]
+    wish.write_text("talk")
+    instance = await decoder.normalise(file, tmp_path / "out")
+    wish.write_text("talk")
+    located = await decoder.series_call(Locate(str(tmp_path / "out")))
+
+    assert instance.series_uid == maker.series_uid
+    assert len(located.slices) == 1
+    assert not wish.exists()
+    assert {child.pid for child in children}.isdisjoint(before)
 
 
 async def test_a_full_disk_refuses_nothing(decoder, maker, make_part_10, tmp_path):

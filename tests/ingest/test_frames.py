@@ -16,7 +16,8 @@ from rle.utils import encode_array
 from services.ingest import codestreams
 from services.ingest.frames import CODECS
 from services.ingest.pixels import modality_values
-from services.ingest.reading import Caps, normalise
+from services.ingest.protocol import Caps
+from services.ingest.reading import normalise
 from shared.errors import Unprocessable
 
 CAPS = Caps(inflated=1 << 24, pixels=1 << 26)

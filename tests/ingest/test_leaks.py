@@ -15,7 +15,8 @@ from services.ingest.datasets import Deidentification
 from services.ingest.deidentification import Option, keyed_uid, pseudonym
 from services.ingest.handler import handle_uploads
 from services.ingest.protection import protect
-from services.ingest.reading import Caps, normalise
+from services.ingest.protocol import Caps
+from services.ingest.reading import normalise
 from services.ingest.stable_series import handle_settling
 from shared.documents.revisions import Revision, digest_of
 from shared.messages import SeriesReady, SeriesSettling, UploadRejected

@@ -20,7 +20,8 @@ from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from services.ingest.pixels import RULES, modality_values
-from services.ingest.reading import Caps, normalise
+from services.ingest.protocol import Caps
+from services.ingest.reading import normalise
 from services.ingest.series import describe
 from shared.errors import Unprocessable
 

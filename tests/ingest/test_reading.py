@@ -15,7 +15,8 @@ from pydicom.filewriter import dcmwrite
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from services.ingest.reading import Caps, looks_like_dicom, normalise, noted_in
+from services.ingest.protocol import Caps
+from services.ingest.reading import looks_like_dicom, normalise, noted_in
 from services.ingest.reasons import REASONS, WARNINGS
 from shared.documents.revisions import sha_of
 from shared.errors import Unprocessable

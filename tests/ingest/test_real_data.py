@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 
-from services.ingest.reading import Caps, normalise
+from services.ingest.protocol import Caps
+from services.ingest.reading import normalise
 from services.ingest.series import describe
 from shared.errors import Unprocessable
 

@@ -14,6 +14,7 @@ import pytest
 
 from services.ingest.decoder import Decoder
 from services.ingest.handler import handle_uploads
+from services.ingest.protocol import Describe, Described
 from services.ingest.stable_series import expect_settling, handle_settling
 from shared import keys
 from shared.child import ChildFailed
@@ -158,7 +159,7 @@ async def test_a_series_may_take_more_processor_time_than_a_file(bench, maker, m
     path.write_bytes(make_part_10(maker.ct()))
     decoder = Decoder(bench.ports.settings.model_copy(update={"decode_cpu_s": 50, "series_cpu_s": 500}))
     await decoder.normalise(path, tmp_path / "out")
-    await decoder.series_call({"op": "describe", "paths": [str(path)]})
+    await decoder.series_call(Describe([str(path)]))
     pids = [children.all[0].pid for children in (decoder._files, decoder._series)]
     file_s, series_s = (resource.prlimit(pid, resource.RLIMIT_CPU)[0] for pid in pids)
     await decoder.stop()
@@ -213,8 +214,8 @@ class Describer:
     """A series of no pictures: what is told of it is not what is tested."""
 
     async def series_call(self, request):
-        assert request["op"] == "describe"
-        return {"attributes": {}, "geometry": None, "warnings": [], "n_grey": 0, "deidentified": False}
+        assert isinstance(request, Describe)
+        return Described({}, None, [], n_grey=0, deidentified=False)
 
 
 @pytest.mark.parametrize(("duration_s", "began_s"), [(290, 59), (840, 0)])

@@ -11,6 +11,7 @@ import pytest
 
 from services.ingest.decoder import Decoder
 from services.ingest.handler import handle_uploads
+from services.ingest.protocol import Measure
 from shared.documents.revisions import Revision
 from shared.messages import SeriesReady
 from tests.ingest.conftest import Maker, part_10, zip_of
@@ -64,7 +65,7 @@ async def test_two_workers_that_measure_at_once_use_one_window(bench, dataset):
     class Waiting(Decoder):
         async def series_call(self, request):
             found = await super().series_call(request)
-            if request["op"] == "measure":
+            if isinstance(request, Measure):
                 await both_measure.wait()
             return found
 

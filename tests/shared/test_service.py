@@ -5,6 +5,7 @@ import contextlib
 import json
 import signal
 import sys
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -207,3 +208,53 @@ async def test_a_grace_period_that_outlasts_the_notice_is_misconfigured(start):
 
     assert process.returncode == 2
     assert errors.decode() == "radqueue worker: RADQUEUE_GRACE_S: a spot instance leaves at most 100 s.\n"
+
+
+async def logged(process: asyncio.subprocess.Process, event: str) -> None:
+    """Wait until the service logs `event`."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while json.loads(await process.stderr.readline())["event"] != event:
+            pass
+
+
+async def test_a_stop_is_heard_while_the_queue_is_waited_for(start):
+    """A service that waits for what is not there ends at once, and cleanly."""
+    process = await start(RADQUEUE_REPORTING_QUEUE="nobody-creates-this", RADQUEUE_START_PATIENCE_S="3600")
+    await logged(process, "queue.waiting")
+    process.send_signal(signal.SIGTERM)
+
+    assert await events(process) == ["service.stopped"]
+    assert process.returncode == 0
+
+
+async def test_a_stop_is_heard_while_the_bucket_is_waited_for(start):
+    """Also before anything answers at all."""
+    process = await start(AWS_ENDPOINT_URL="http://127.0.0.1:9", RADQUEUE_START_PATIENCE_S="3600")
+    await logged(process, "service.waiting")
+    process.send_signal(signal.SIGTERM)
+
+    assert (await events(process))[-1] == "service.stopped"
+    assert process.returncode == 0
+
+
+async def test_a_service_waits_for_a_bucket_that_is_being_created(start, aws_client):
+    """An AWS on one machine creates it while services start already."""
+    bucket = f"late-{uuid.uuid4().hex}"
+    process = await start(RADQUEUE_BUCKET=bucket, RADQUEUE_START_PATIENCE_S="60")
+    await logged(process, "service.waiting")
+    aws_client("s3").create_bucket(Bucket=bucket)
+    await logged(process, "queue.consuming")
+    process.send_signal(signal.SIGTERM)
+    await events(process)
+
+    assert process.returncode == 0
+
+
+async def test_a_bucket_that_never_comes_is_a_misconfiguration(start):
+    """The patience has an end, and the text names the setting."""
+    process = await start(RADQUEUE_BUCKET="nobody-creates-this", RADQUEUE_START_PATIENCE_S="0")
+    async with asyncio.timeout(TIMEOUT_S):
+        _, errors = await process.communicate()
+
+    assert process.returncode == 2
+    assert "radqueue worker: RADQUEUE_BUCKET: " in errors.decode()

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from services.trainer.config import DEFAULT_CONFIG
 from services.trainer.progress import shown
+from services.trainer.protocol import Losses, Saved
 from services.trainer.run import Ports, Run
 from shared.documents.training import StoredPlan
 from shared.keys import TrainingKeys
@@ -140,11 +141,11 @@ async def test_progress_is_stored_as_it_is_heard(objects, tmp_path):
     run = Run(asked, TrainingKeys(asked.request_id), 1, ports, tmp_path)
     text = DEFAULT_CONFIG.read_text(encoding="utf-8")
     plan = StoredPlan(round=2, number=0, rule="improving", changes={}, continue_from=1, until=500, config=text)
-    losses = {"generator_loss": 0.7, "discriminator_loss": 0.6, "margin": 0.1}
+    losses = {"generator_loss": 0.7, "discriminator_loss": 0.6, "margin": 0.1, "told_apart": 0.0, "augmentation": 0.0}
     key = run.keys.progress.key
     async with shown(run, plan) as hear:
-        hear({"checkpoint": "partial.300.pt", "step": 300})
-        hear({"step": 350, **losses})
+        hear(Saved("partial.300.pt", 300))
+        hear(Losses(step=350, **losses))
         async with asyncio.timeout(WITHIN_S):
             while not await objects.exists(key):
                 await asyncio.sleep(0.01)

@@ -16,7 +16,9 @@ from services.trainer.distributed import agreed
 from services.trainer.gan.reference_step import PENALTY_EVERY, Training, reference_step
 from services.trainer.gan.training import start as started
 from services.trainer.jsconfig import modify_config, read_config
-from shared.child import MARK, _kill_marked, _marked
+from services.trainer.protocol import Generate
+from shared.child import MARK, _kill_marked, _line, _marked
+from shared.documents.arrays import Units
 from shared.errors import Continue
 from tests.trainer.trainers import TINY, requested, until
 
@@ -103,16 +105,18 @@ async def test_a_training_by_two_processes_is_paused_and_goes_on(objects, start,
     assert first.worker.calls == len(first.worker.asked)
 
 
-async def test_processes_end_with_the_service_even_where_they_hang():
+async def test_processes_end_with_the_service_even_where_they_hang(tmp_path):
     """The kernel kills the launcher with what started it, and the processes with the launcher."""
     mark = f"{MARK}={uuid.uuid4().hex}"
     argv = ["bash", "-c", 'exec 3<&0; "$0" "$@" <&3 & wait', *TOGETHER, "2"]
+    torch.save({}, tmp_path / "empty.pt")
+    asked = Generate(str(SHIPPED), str(tmp_path / "empty.pt"), 1, str(tmp_path), None, Units(), (), "cpu", 1)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | dict([mark.split("=")])}
     try:
         with subprocess.Popen(argv, **pipes) as service:
-            service.stdin.write(b'{"do": "nothing"}\n')
+            service.stdin.write(_line({"id": 1, "request": asked}))
             service.stdin.flush()
-            answer = json.loads(service.stdout.readline())  # by then both processes are there
+            _, answer = (json.loads(service.stdout.readline()) for _ in range(2))  # by then both processes are there
             processes = _marked(mark)
             for pid in processes:
                 os.kill(pid, signal.SIGSTOP)

@@ -14,6 +14,7 @@ from services.trainer.evaluation.evaluate import evaluate
 from services.trainer.evaluation.extractor import fetch_extractor
 from services.trainer.evaluation.features import RANDCONV
 from services.trainer.jsconfig import modify_config
+from services.trainer.protocol import Evaluate, Extractor, Images, Train
 from services.trainer.settings import TrainerSettings
 from shared.config import Misconfigured, load
 from shared.messages import Evaluation
@@ -93,12 +94,12 @@ def test_round_is_evaluated_in_the_space_of_the_settings(tmp_path, extractor, tr
     for name, n, seed in (("train", 40, 1), ("held_out", 16, 2)):
         np.save(tmp_path / f"{name}.npy", slices(n, seed)[:, 0].numpy())
     files = {side: [str(tmp_path / f"{side}.npy")] for side in ("train", "held_out")}
-    asked = {"images": files, "config": str(config), "out": str(tmp_path), "device": "cpu", "threads": 1}
-    asked["tell"] = lambda _: None
-    worker.train_round(**asked, checkpoint=None, until=3, checkpoint_s=60, stop=str(tmp_path / "stop"))
-    space = {"path": str(path), "sha256": sha256, "size": 32} if trained else None
-    reply = worker.evaluate_round(**asked, checkpoint=str(tmp_path / "checkpoint.pt"), extractor=space)
-    told = Evaluation.model_validate(reply["evaluation"])
+    asked = {"images": Images(**files), "config": str(config), "out": str(tmp_path), "device": "cpu", "threads": 1}
+    training = Train(**asked, checkpoint=None, until=3, checkpoint_s=60, stop=str(tmp_path / "stop"))
+    worker.train_round(training, lambda _: None)
+    space = Extractor(str(path), sha256, 32) if trained else None
+    judging = Evaluate(**asked, checkpoint=str(tmp_path / "checkpoint.pt"), extractor=space)
+    told = Evaluation.model_validate(worker.evaluate_round(judging).evaluation.model_dump())
 
     assert told.space == (f"pooled@{sha256[:12]}/d12" if trained else "randconv-v1/d8")
     assert (told.metric, told.n) == ("FD", 16)

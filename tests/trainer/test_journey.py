@@ -1,6 +1,7 @@
 import asyncio
 import io
 import uuid
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from services.trainer.gan import training
 from services.trainer.gan.networks import Generator, build_gan_model
 from services.trainer.gan.training import generate_images
 from services.trainer.jsconfig import modify_config, read_config
+from services.trainer.protocol import Evaluate, Images, Train
 from services.trainer.settings import TrainerSettings
 from shared.config import Misconfigured, load
 from shared.errors import Claimed, Continue, Unavailable, Unprocessable
@@ -264,21 +266,21 @@ def test_a_resumed_round_builds_the_networks_once(tmp_path, monkeypatch):
     asked = round_in(tmp_path)
     built = []
     monkeypatch.setattr(training, "build_gan_model", lambda *given: built.append(given) or build_gan_model(*given))
-    worker.train_round(**asked, checkpoint=None, until=3)
-    reply = worker.train_round(**asked, checkpoint=str(tmp_path / "checkpoint.pt"), until=6)
+    worker.train_round(asked, lambda _: None)
+    going_on = replace(asked, checkpoint=str(tmp_path / "checkpoint.pt"), until=6)
+    reply = worker.train_round(going_on, lambda _: None)
 
     assert len(built) == 2
-    assert reply["step"] == 6
+    assert reply.step == 6
 
 
 def test_classes_reach_the_networks_and_the_images_that_are_judged(tmp_path, monkeypatch):
     """A round with classes trains networks that know them, and judges as many of each as are held out."""
     asked = round_in(tmp_path)
     fewer = str(tmp_path / "fewer.npy")
-    np.save(fewer, np.load(asked["images"]["train"][0])[:8])
-    both = [*asked["images"]["train"], fewer]
-    asked["images"] = {"train": both, "train_labels": [1, 0], "held_out": both, "held_out_labels": [1, 0]}
-    asked["images"]["classes"] = ["few", "many"]
+    np.save(fewer, np.load(asked.images.train[0])[:8])
+    both = [*asked.images.train, fewer]
+    images = Images(both, both, ["few", "many"], train_labels=[1, 0], held_out_labels=[1, 0])
     drawn = []
 
     def watched(*given, labels, **options):
@@ -286,23 +288,30 @@ def test_classes_reach_the_networks_and_the_images_that_are_judged(tmp_path, mon
         return generate_images(*given, labels=labels, **options)
 
     monkeypatch.setattr(worker, "generate_images", watched)
-    worker.train_round(**asked, checkpoint=None, until=3)
-    for name in ("until", "checkpoint_s", "stop"):
-        asked.pop(name, None)
-    reply = worker.evaluate_round(**asked, checkpoint=str(tmp_path / "checkpoint.pt"))
+    worker.train_round(replace(asked, images=images), lambda _: None)
+    checkpoint, out = str(tmp_path / "checkpoint.pt"), str(tmp_path)
+    reply = worker.evaluate_round(Evaluate(images, asked.config, checkpoint, out, device="cpu", threads=1))
 
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["n_classes"] == 2
     assert drawn[0].bincount().tolist() == [32, 64]
-    assert reply["evaluation"]["n"] == 24
+    assert reply.evaluation.n == 24
 
 
 def round_in(folder):
     config, slices = folder / "config.js", [str(folder / "slices.npy")]
     config.write_text(modify_config(DEFAULT_CONFIG.read_text(encoding="utf-8"), TINY), encoding="utf-8")
     np.save(slices[0], np.tanh(np.random.default_rng(0).normal(size=(16, 16, 16))).astype(np.float32))
-    asked = {"images": {"train": slices, "held_out": slices}, "config": str(config), "out": str(folder)}
-    asked |= {"device": "cpu", "threads": 1, "tell": lambda _: None}
-    return asked | {"checkpoint_s": 60.0, "stop": str(folder / "stop")}
+    return Train(
+        images=Images(slices, slices),
+        config=str(config),
+        checkpoint=None,
+        until=3,
+        out=str(folder),
+        checkpoint_s=60.0,
+        stop=str(folder / "stop"),
+        device="cpu",
+        threads=1,
+    )
 
 
 async def test_request_id_belongs_to_one_request(objects, start):

@@ -14,7 +14,7 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.pixels.processing import apply_modality_lut
 
-from services.ingest.reading import Caps
+from services.ingest.protocol import Caps
 from services.ingest.reading import normalise as read_by_ingest
 from services.ingest.series import describe
 from services.trainer.config import TrainingConfig

@@ -6,6 +6,7 @@ import torch
 
 from services.trainer import run
 from services.trainer.checkpoints import Checkpoints
+from services.trainer.protocol import Saved
 from shared.documents.training import StoredPartial
 from shared.errors import Claimed, Continue, Unavailable
 from shared.keys import RoundKeys
@@ -174,4 +175,4 @@ async def saved(checkpoints, folder, *, step) -> None:
     path = folder / f"{step}.pt"
     path.write_bytes(str(step).encode())
     async with checkpoints.stored():
-        checkpoints.told({"checkpoint": str(path), "step": step})
+        checkpoints.told(Saved(str(path), step))

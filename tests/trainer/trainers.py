@@ -16,6 +16,7 @@ import torch
 
 from services.trainer.__main__ import WORKER
 from services.trainer.handler import handle
+from services.trainer.protocol import Saved
 from services.trainer.run import Ports
 from services.trainer.settings import TrainerSettings
 from shared.child import Child
@@ -41,10 +42,10 @@ class Watched(Child):
     async def call(self, request, *, on_progress, **options):
         def told(progress):
             on_progress(progress)
-            if "checkpoint" in progress:
+            if isinstance(progress, Saved):
                 self.on_checkpoint()
 
-        self.asked.append(request["do"])
+        self.asked.append(request.do)
         calling = asyncio.ensure_future(super().call(request, on_progress=told, **options))
         self.busy.set()
         try:

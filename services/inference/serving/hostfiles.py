@@ -15,6 +15,7 @@ HOST_FILES = (
     "services/inference/__init__.py",
     "services/inference/serving/__init__.py",
     "services/inference/serving/maphost.py",
+    "services/inference/serving/protocol.py",
     "shared/__init__.py",
     "shared/child.py",
     "shared/errors.py",

@@ -45,7 +45,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from shared.child import Json, Progress, die_with_parent, serve
+from services.inference.serving.protocol import Ended, Ready, RunApplication, RunCommand, Start, read
+from shared.child import Json, Progress, die_with_parent, end_if_forked, serve
 from shared.errors import place_of
 
 CUDA_RUNTIME = "libcudart.so.13"
@@ -106,8 +107,8 @@ class MapHost:
         self._selected: list[int] = []
         """How many series each selector of the running study selected."""
 
-    def __call__(self, request: Json, progress: Progress) -> Json:
-        """Import the MAP and answer its device; given `{"study": PATH, "environment": …}`, run it on that study."""
+    def __call__(self, request: Start | RunApplication, progress: Progress) -> Ready | Ended:
+        """Import the MAP, if that was not done before, and run it on a study where there is one."""
         del progress
         if self._application is None:
             os.chdir(self._home)
@@ -118,11 +119,11 @@ class MapHost:
             # alone would take it 0.3 s.
             gc.collect()
             gc.freeze()
-        if "study" not in request:
-            return {"device": _device()}
-        return self._run(Path(request["study"]), request["environment"])
+        if isinstance(request, Start):
+            return Ready(_device())
+        return self._run(Path(request.study), request.environment)
 
-    def _run(self, study: Path, environment: dict[str, str]) -> Json:
+    def _run(self, study: Path, environment: dict[str, str]) -> Ended:
         self._selected.clear()
         failure: Json | None = None
         with _printing_to(study / "log.txt"), _working_in(study / "work"), _process_state_kept():
@@ -133,6 +134,8 @@ class MapHost:
             except BaseException as error:  # noqa: BLE001 - SystemExit of an operator is an outcome, too
                 traceback.print_exc()
                 failure = _told(list(_chain(error)))
+            finally:
+                end_if_forked()  # before it empties the folders of a study that runs by then
             duration_s = time.perf_counter() - started
         # An application is a cycle of C++ and Python objects and holds the study's volume until it is collected.
         gc.collect()
@@ -143,38 +146,38 @@ class MapHost:
         if nothing_selected and (outcome == "application_error" or not has_output):
             outcome, failure = "no_matching_series", None
         told = {"outcome": outcome, "duration_s": duration_s, "device": _device(), "rss_bytes": _rss_bytes()}
-        return {**told, **(failure or {})}
+        return Ended(**{**told, **(failure or {})})
 
 
 class CommandHost:
     """Runs the MAP's own command, a new process for each study."""
 
-    def __call__(self, request: Json, progress: Progress) -> Json:
-        """Answer the device; given `{"study": PATH, "environment": …, "command": […]}`, run that on the study."""
+    def __call__(self, request: Start | RunCommand, progress: Progress) -> Ready | Ended:
+        """Answer the device, or run the command on a study."""
         del progress
-        if "study" not in request:
-            return {"device": _driver_device()}
-        study = Path(request["study"])
+        if isinstance(request, Start):
+            return Ready(_driver_device())
+        study = Path(request.study)
         started = time.perf_counter()
         with (study / "log.txt").open("ab") as log:
             done = subprocess.run(
-                request["command"],
+                request.command,
                 check=False,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=study / "work",
-                env=_with_cuda_runtime({**os.environ, **request["environment"]}),
+                env=_with_cuda_runtime({**os.environ, **request.environment}),
                 preexec_fn=_prepared,
             )
-        told = {"duration_s": time.perf_counter() - started, "device": _driver_device()}
+        told: Json = {"duration_s": time.perf_counter() - started, "device": _driver_device()}
         # A container's engine tells a signal as a shell does.
         signalled = -done.returncode if done.returncode < 0 else done.returncode - 128
         if done.returncode == 0:
-            return {"outcome": "ran", **told}
+            return Ended("ran", **told)
         if signalled in {number.value for number in signal.Signals}:
-            return {"outcome": "crashed", "error_type": signal.Signals(signalled).name, **told}
-        return {**_told_by_log(study / "log.txt", done.returncode), **told}
+            return Ended("crashed", error_type=signal.Signals(signalled).name, **told)
+        return Ended(**_told_by_log(study / "log.txt", done.returncode), **told)
 
 
 def _prepared() -> None:
@@ -456,10 +459,10 @@ def _rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize()
 
 
-def _end_with_input() -> None:
-    """End this process when nobody can write to its standard input: in a container its parent is none of ours."""
+def _end_with(requests: int) -> None:
+    """End this process when nobody can write to the pipe any more: in a container its parent is none of ours."""
     watched = select.poll()
-    watched.register(0, 0)  # whose end is told although nothing is asked for
+    watched.register(requests, 0)  # whose end is told although nothing is asked for
     watched.poll()
     os._exit(0)
 
@@ -477,9 +480,9 @@ def main(arguments: Sequence[str]) -> None:
         del sys.modules[name]
     faulthandler.enable()
     if asked.get("container"):
-        threading.Thread(target=_end_with_input, daemon=True).start()
+        threading.Thread(target=_end_with, args=[os.dup(0)], daemon=True).start()
     if "application" not in asked:
-        serve(CommandHost())
+        serve(CommandHost(), read)
         return
     # A container's temporary folder goes with it.
-    serve(MapHost(Path(asked["application"]), Path(asked.get("home") or tempfile.mkdtemp())))
+    serve(MapHost(Path(asked["application"]), Path(asked.get("home") or tempfile.mkdtemp())), read)

@@ -7,6 +7,7 @@ model's `execution`, `selection` and `description`. What is not known stays as m
 from collections.abc import Sequence
 from typing import Any
 
+from services.trainer.protocol import Products
 from shared.documents.arrays import Units
 from shared.documents.training import Manifest, StoredRound
 from shared.messages import Evaluation
@@ -27,7 +28,7 @@ CALIBRATED_BY = 100
 """Held-out images below which their 1 % quantile, the limit of the test for copies, is their minimum."""
 
 
-def describe(manifest_key: str, chosen: StoredRound, manifest: Manifest, units: Units, made: Json) -> Json:
+def describe(manifest_key: str, chosen: StoredRound, manifest: Manifest, units: Units, made: Products) -> Json:
     """Say what generator.pt is, how good it is, and of which data it was made.
 
     Args:
@@ -47,7 +48,7 @@ def describe(manifest_key: str, chosen: StoredRound, manifest: Manifest, units: 
         "schema_version": 1,  # of StoredDescription, which is what we read again of it
         "request_id": told.request_id,
         "file": "generator.pt",
-        "sha256": made["sha256"],
+        "sha256": made.sha256,
         "format": "state_dict of services.trainer.gan.networks.Generator, tensors only",
         "input": {"z": ["N", config["latentDim"]], "distribution": "standard normal"},
         "output": {"images": ["N", 1, size, size], "range": [-1, 1]},
@@ -55,8 +56,8 @@ def describe(manifest_key: str, chosen: StoredRound, manifest: Manifest, units: 
         "classes": manifest.classes,
         "config": config,
         "round": told.round,
-        "images_seen": made["images_seen"],
-        "seed": made["seed"],
+        "images_seen": made.images_seen,
+        "seed": made.seed,
         "trained": chosen.time.isoformat(),
         "approved": told.approved,
         "why_not": told.why_not,

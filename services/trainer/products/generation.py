@@ -26,7 +26,6 @@ from services.trainer.jsconfig import read_config
 from services.trainer.products import tensorboard
 from services.trainer.products.secondary_capture import Origin, instance
 from shared.child import Json
-from shared.child import Progress as Tell
 from shared.documents.arrays import Units
 from shared.documents.training import Value
 
@@ -52,7 +51,7 @@ def generate(
     units: Json,
     classes: list[str],
     device: torch.device,
-    tell: Tell,
+    tell: Callable[[int], None],
 ) -> Json:
     """Write the products of a training into a folder.
 
@@ -80,7 +79,7 @@ def generate(
     generator.to(device)
     labels = labels_of(generator, n_images)
     images = draw(generator, n_images, labels, seed=parameters.seed, device=device)
-    tell({"generated": n_images})
+    tell(n_images)
     (folder / "images.npy").write_bytes(npy(images))
     save_grid(images[:GRID_IMAGES], folder / "images.png")
     titles = titles_of(labels, n_images, classes)
