@@ -182,7 +182,7 @@ async def test_what_is_known_is_not_read_again(worker):
         f"{prefix}result.json",
         f"{prefix}failure.json",
         f"{prefix}outputs.json",
-        revision.key,
+        keys.document_of(revision).key,
         f"{prefix}outputs.json",
     ]
 
