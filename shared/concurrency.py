@@ -12,9 +12,15 @@ Result = TypeVar("Result")
 
 
 class Stop(asyncio.Event):
-    """Set when the process is to end. Until it has `begun` to consume, its start is simply cancelled."""
+    """Set when the process is to end. Until somebody heeds it, the start of the process is simply cancelled."""
 
-    begun = False
+    heeded = False
+
+
+def heed(stop: asyncio.Event) -> None:
+    """Say that from now on the caller itself ends when `stop` is set."""
+    if isinstance(stop, Stop):
+        stop.heeded = True
 
 
 class KeyedLocks:

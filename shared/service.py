@@ -84,7 +84,7 @@ async def _run(settings: Settings, serve: Serve[Settings]) -> None:
 
 
 async def _serve(serve: Serve[Settings], settings: Settings, aws: Aws, metrics: Metrics, stop: Stop) -> None:
-    """Wait for the bucket and serve. A stop before the first message was asked for cancels both, wherever they are."""
+    """Wait for the bucket and serve. A stop that is not heeded yet cancels both, wherever they are."""
 
     async def start() -> None:
         await _bucket_answers(aws, settings.bucket, settings.start_patience_s)
@@ -93,7 +93,7 @@ async def _serve(serve: Serve[Settings], settings: Settings, aws: Aws, metrics: 
     serving, stopping = asyncio.create_task(start()), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if stop.begun or serving.done():
+        if stop.heeded or serving.done():
             await serving
     finally:
         for task in (serving, stopping):

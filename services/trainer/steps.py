@@ -36,6 +36,7 @@ from services.trainer.run import Ports, Run
 from services.trainer.settings import TrainerSettings
 from shared.aws import Aws
 from shared.child import Json
+from shared.concurrency import heed
 from shared.documents.training import StoredCompletion, StoredStep
 from shared.errors import Continue, Unavailable, Unprocessable
 from shared.idempotency import store, stored
@@ -171,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     async def serve(settings: TrainerSettings, aws: Aws, _: Metrics, stop: asyncio.Event) -> None:
         nonlocal code
         async with ports_of(settings, stop, aws=aws) as ports:
+            heed(stop)
             code, reply = await perform(given.step, given.request, given.asked, ports=ports)
         told = reply.get("reason") or (f"next is {reply['next']}" if reply["next"] else "the end")
         told += f" ({reply['fields']})" if reply.get("fields") else ""

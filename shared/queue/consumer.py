@@ -14,7 +14,7 @@ import structlog
 from shared import delivery
 from shared import metrics as declared
 from shared.aws_errors import AWS_ERRORS, code_of
-from shared.concurrency import Stop
+from shared.concurrency import heed
 from shared.config import ServiceSettings
 from shared.errors import Claimed, Unprocessable
 from shared.log import get_logger
@@ -71,8 +71,7 @@ async def consume(
         Misconfigured: the queue or its dead-letter queue does not exist, or cannot be used.
     """
     opened = await open_queue(sqs, queue, patience_s=settings.start_patience_s)
-    if isinstance(stop, Stop):
-        stop.begun = True
+    heed(stop)
     consumer = _Consumer(handlers, opened, settings, stop, metrics)
     log.info("queue.consuming", queue=queue)
     await consumer.run()

@@ -202,7 +202,7 @@ def judge(log: Sequence[dict[str, Any]], queue: str, kills: int) -> list[str]:
     wrong += [f"{key} was never done" for month in DONE for key in _keys_of(month) if not seen.effects[key]]
     wrong += [f"{_name(body)} was not dead-lettered as {why}" for body, why in DEAD.items() if seen.dead[body] != {why}]
     wrong += [f"{_name(body)} was dead-lettered" for body in seen.dead if seen.dead[body] and body not in DEAD]
-    wrong += [f"{_name(body)} is still there" for body in set(seen.bodies.values()) - seen.deleted]
+    wrong += [f"{_name(body)} is still there" for body, copies in seen.copies.items() if copies]
     following = {json.loads(body)["id"] for body in seen.bodies.values() if _name(body) == FOLLOWING}
     if len(following) != 1:
         wrong.append(f"the following event had {len(following)} ids")
@@ -224,7 +224,8 @@ class Seen:
     bodies: dict[str, str] = field(default_factory=dict)
     """By message id."""
     receives: Counter[str] = field(default_factory=Counter)
-    deleted: set[str] = field(default_factory=set)
+    copies: Counter[str] = field(default_factory=Counter)
+    """Messages of each body in the queue: one that is sent again is there twice until the old one is deleted."""
     too_early: list[str] = field(default_factory=list)
 
 
@@ -239,10 +240,13 @@ def _read(log: Sequence[dict[str, Any]], queue: str) -> Seen:
             seen.dead[details["body"]].add(details["attributes"].get("reason_code", ""))
         elif what == "sent":
             seen.bodies[entry["message_id"]] = details["body"]
+            seen.copies[details["body"]] += 1
         elif what == "received":
             seen.receives[_name(body)] += 1
         elif what == "deleted":
-            seen.deleted.add(body)
+            seen.copies[body] -= 1
+            if seen.copies[body]:
+                continue
             missing = [key for key in _keys_of(_name(body)) if not seen.effects[key]]
             missing += ["its dead letter"] if body in DEAD and not seen.dead[body] else []
             seen.too_early += [f"{_name(body)} was deleted before {thing}" for thing in missing]

@@ -120,6 +120,8 @@ async def _acknowledge_on_error(sqs: WatchedSqs, operation: str, arguments: dict
         if given_back:
             entries = [{"Id": entry["Id"], "ReceiptHandle": entry["ReceiptHandle"]} for entry in given_back]
             return await sqs.call("delete_message_batch", {"QueueUrl": arguments["QueueUrl"], "Entries": entries})
+    if operation == "send_message" and "receives" in arguments.get("MessageAttributes", {}):
+        return {}  # what is to take the place of the message is never sent
     return await sqs.call(operation, arguments)
 
 
