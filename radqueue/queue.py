@@ -12,9 +12,9 @@ the version at least. What is not named here or in `radqueue.pipeline` is no lib
 
 from shared.aws import Aws
 from shared.config import Misconfigured, ServiceSettings
-from shared.documents.claims import Claim
 from shared.documents.document import Document, Stored
-from shared.errors import Claimed, Continue, Unavailable, Unprocessable
+from shared.documents.leases import Lease
+from shared.errors import Continue, Leased, Unavailable, Unprocessable
 from shared.idempotency import once, store, store_once, stored
 from shared.messages import (
     CreatedObject,
@@ -44,8 +44,6 @@ from shared.service import run
 
 __all__ = [
     "Aws",
-    "Claim",
-    "Claimed",
     "Continue",
     "CreatedObject",
     "Document",
@@ -57,6 +55,8 @@ __all__ = [
     "InferenceRequested",
     "InferenceSkipped",
     "InferenceTask",
+    "Lease",
+    "Leased",
     "MapRejected",
     "MapUpdated",
     "Metrics",

@@ -29,7 +29,7 @@ class Unavailable(RuntimeError):  # noqa: N818 - as above
     """
 
 
-class Claimed(Unavailable):
+class Leased(Unavailable):
     """Another worker does it now: nothing is wrong, and the same message finds it done later."""
 
 

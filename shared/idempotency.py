@@ -2,14 +2,14 @@
 
 Theory of operation. What a handler has to do ends with an idempotency record: a document whose key follows from the
 work. `once` looks for the record, and if there is none it takes the lease, works, stores the record and gives the lease
-back. The lease is a second document, the argument `claim`. It is only ever changed by compare-and-swap
+back. The lease is a second document, the argument `lease`. It is only ever changed by compare-and-swap
 (`If-None-Match: *`, then `If-Match`), and names its owner, an epoch that is one higher with each owner, and the time at
 which it ends unless it is renewed.
 
     state     in S3                                     who comes now
     --------  ----------------------------------------  ---------------------------------------------------------
     free      no record; no lease, or one given back    takes the lease, and works
-    leased    no record; a lease that has not ended     is turned away with `Claimed`, and comes again later
+    leased    no record; a lease that has not ended     is turned away with `Leased`, and comes again later
     stale     no record; a lease that ended: its owner  takes it over: of several, the compare-and-swap lets one;
               died, was suspended or cut off            the former owner is cancelled as soon as it finds out
     done      a record, whatever the lease says         is given the record
@@ -29,7 +29,7 @@ So the lease saves work, and correctness rests on the record. What a handler mus
 - Store everything else under keys that bear repetition: the same bytes again, or a name that holds the epoch or the
   attempt.
 - Go on with what `once` returns, which may be another worker's record, and announce it each time, from it alone.
-- Let `Claimed`, `Continue` and cancellation pass.
+- Let `Leased`, `Continue` and cancellation pass.
 """
 
 import asyncio
@@ -41,9 +41,9 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from shared.delivery import receive_count
-from shared.documents.claims import Claim
 from shared.documents.document import Document, Model, body_of
-from shared.errors import Claimed, Continue, Unavailable
+from shared.documents.leases import Lease
+from shared.errors import Continue, Leased, Unavailable
 from shared.objects import ObjectMissing, ObjectStore
 
 RENEWALS = 3
@@ -87,7 +87,7 @@ async def once(
     work: Callable[[int], Awaitable[Model | Other]],
     *,
     objects: ObjectStore,
-    claim: Document[Claim],
+    lease: Document[Lease],
     lease_s: float,
     clock: Clock,
 ) -> Model | Other:
@@ -98,7 +98,7 @@ async def once(
     done = await stored(document, objects=objects)
     if done is not None:
         return done
-    return await make_once(document, work, objects=objects, claim=claim, lease_s=lease_s, clock=clock)
+    return await make_once(document, work, objects=objects, lease=lease, lease_s=lease_s, clock=clock)
 
 
 async def make_once(
@@ -106,55 +106,55 @@ async def make_once(
     work: Callable[[int], Awaitable[Model | Other]],
     *,
     objects: ObjectStore,
-    claim: Document[Claim],
+    lease: Document[Lease],
     lease_s: float,
     clock: Clock,
 ) -> Model | Other:
     """Do as `once` does, for a caller that has just looked for the record and found none.
 
     `work` may run more than once, also at the same time on two machines; the first record stored is returned to all.
-    If it returns something else, such as None, that is handed back and no record is stored. `claim` is the lease. It
+    If it returns something else, such as None, that is handed back and no record is stored. The lease
     ends `lease_s` seconds after its last renewal; choose at most half of the queue's visibility timeout, and the lease
     of a worker that died ends before SQS gives its message to another one.
 
     Raises:
-        Claimed: another worker works on it, or took it over from this one, whose work was cancelled.
+        Leased: another worker works on it, or took it over from this one, whose work was cancelled.
         Continue: the same, if the message was turned away so often that SQS would soon give it up.
         Unprocessable: `invalid_record`: something else wrote the record or the lease.
         Unavailable: S3 does not answer.
     """
 
     async def do(epoch: int) -> Model | Other:
-        # The last owner may have stored it just before the claim was free.
+        # The last owner may have stored it just before the lease was free.
         done = await stored(document, objects=objects)
         if done is not None:
             return done
         made = await work(epoch)
         return await store_once(document, made, objects=objects) if isinstance(made, document.model) else made
 
-    return await _claimed(_Claim(objects, claim, lease_s, clock), do)
+    return await _under_lease(_HeldLease(objects, lease, lease_s, clock), do)
 
 
 @dataclass(slots=True)
-class _Claim:
-    """A claim of this worker's."""
+class _HeldLease:
+    """A lease of this worker's."""
 
     objects: ObjectStore
-    document: Document[Claim]
+    document: Document[Lease]
     lease_s: float
     clock: Clock
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
     epoch: int = 0
     etag: str = ""
-    """Of the object as we wrote it last; empty while the claim is not ours."""
+    """Of the object as we wrote it last; empty while the lease is not ours."""
     ends: datetime = field(init=False, repr=False)
 
     async def take(self) -> None:
-        """Take the claim. Raises `Claimed` or `Continue` where another owner has it."""
+        """Take the lease. Raises `Leased` or `Continue` where another owner has it."""
         # Is it free, or has it ended?
         held, etag = await self._seen()
         if held is not None and held.ends > self.clock():
-            raise _turned_away("claimed by another worker")
+            raise _turned_away("leased by another worker")
         # Write our name, unless somebody else is faster.
         self.epoch = held.epoch + 1 if held is not None else 1
         self.ends = self._end()
@@ -162,14 +162,14 @@ class _Claim:
             await self.objects.put_if_absent(self.document.key, self._body())
         else:
             await self.objects.put_if_match(self.document.key, self._body(), etag)
-        # The claim itself says who won: the answer to a write may have been lost, and botocore repeats it.
+        # The lease itself says who won: the answer to a write may have been lost, and botocore repeats it.
         held, etag = await self._seen()
         if held is None or held.owner != self.owner:
-            raise _turned_away("claimed by another worker meanwhile")
+            raise _turned_away("leased by another worker meanwhile")
         self.etag = etag
 
     async def keep(self) -> None:
-        """Renew the claim until it is lost: taken over by another worker, or ended while S3 did not answer."""
+        """Renew the lease until it is lost: taken over by another worker, or ended while S3 did not answer."""
         turn_s = self.lease_s / RENEWALS
         while (left_s := (self.ends - self.clock()).total_seconds()) > 0:
             with contextlib.suppress(Unavailable, TimeoutError):
@@ -179,13 +179,13 @@ class _Claim:
                         return
 
     async def give_back(self) -> None:
-        """End the claim now, so that the next worker need not wait; one that was lost is left alone."""
+        """End the lease now, so that the next worker need not wait; one that was lost is left alone."""
         with contextlib.suppress(Unavailable, TimeoutError):  # it then ends by itself
             async with asyncio.timeout(min(LONGEST_GIVE_BACK_S, self.lease_s / RENEWALS)):
                 await self._write(self.clock())
 
     async def _write(self, ends: datetime) -> bool:
-        """Have the claim end at `ends`; tells whether it is still ours."""
+        """Have the lease end at `ends`; tells whether it is still ours."""
         while self.etag:
             etag = await self.objects.put_if_match(self.document.key, self._body(ends), self.etag)
             if etag is not None:
@@ -196,7 +196,7 @@ class _Claim:
             self.etag = seen if held is not None and held.owner == self.owner else ""
         return False
 
-    async def _seen(self) -> tuple[Claim | None, str]:
+    async def _seen(self) -> tuple[Lease | None, str]:
         try:
             body, etag = await self.objects.get_with_etag(self.document.key)
         except ObjectMissing:
@@ -207,15 +207,15 @@ class _Claim:
         return self.clock() + timedelta(seconds=self.lease_s)
 
     def _body(self, ends: datetime | None = None) -> bytes:
-        return body_of(Claim(owner=self.owner, epoch=self.epoch, ends=ends or self.ends))
+        return body_of(Lease(owner=self.owner, epoch=self.epoch, ends=ends or self.ends))
 
 
-async def _claimed(claim: _Claim, work: Callable[[int], Awaitable[Result]]) -> Result:
-    """Run `work(epoch)` under the claim. It is cancelled where the claim is lost, and has ended when this returns."""
+async def _under_lease(lease: _HeldLease, work: Callable[[int], Awaitable[Result]]) -> Result:
+    """Run `work(epoch)` under the lease. It is cancelled where the lease is lost, and has ended when this returns."""
     # Take the lease, and renew it while the work goes on.
-    await claim.take()
-    working = asyncio.ensure_future(work(claim.epoch))
-    keeping = asyncio.ensure_future(claim.keep())
+    await lease.take()
+    working = asyncio.ensure_future(work(lease.epoch))
+    keeping = asyncio.ensure_future(lease.keep())
     try:
         # Whichever ends first decides: the work was done, or the lease was lost.
         await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
@@ -228,9 +228,9 @@ async def _claimed(claim: _Claim, work: Callable[[int], Awaitable[Result]]) -> R
         for task in (working, keeping):
             task.cancel()
         await asyncio.gather(working, keeping, return_exceptions=True)
-        await claim.give_back()
+        await lease.give_back()
 
 
 def _turned_away(why: str) -> Exception:
     """Return what gives the message back, for as long as another worker is at it."""
-    return Claimed(why) if receive_count() < PATIENCE else Continue(why)
+    return Leased(why) if receive_count() < PATIENCE else Continue(why)

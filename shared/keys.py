@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 
 from shared.documents.arrays import DatasetWindow, StoredSidecar
-from shared.documents.claims import Claim
 from shared.documents.document import Document, Stored
 from shared.documents.inference import Failure, Outputs, Result, Routing, StudyRouting
+from shared.documents.leases import Lease
 from shared.documents.maps import Rejection, Served
 from shared.documents.reports import Report
 from shared.documents.revisions import DIGEST_LENGTH, Revision, StoredInstance
@@ -66,13 +66,13 @@ LAYOUT = (
     Place(f"{SERIES}/revisions/<digest>.json", "a series as it stood when it settled", "ingest", Revision),
     Place("settling/<dataset>/<StudyUID>/<SeriesUID>/<second>", "a marker: a message looks at the series", "ingest"),
     Place("settling/_studies/<StudyUID>/<second>", "a marker: a message looks at the study", "inference"),
-    Place("settling/_claims/<StudyUID>/<SeriesUID>.json", "who settles the series", "ingest", Claim),
+    Place("settling/_claims/<StudyUID>/<SeriesUID>.json", "who settles the series", "ingest", Lease),
     Place("datasets/<dataset>/window.<modality>.<config hash>.json", "the dataset's window", "ingest", DatasetWindow),
     Place(f"{ARRAY}.npy", "slices, (N, H, W) float32 in [-1, 1]", "ingest"),
     Place(f"{ARRAY}.json", "what the array is of, and how it was made", "ingest", StoredSidecar),
     Place(f"{REVISION_RESULTS}/routing.json", "the MAPs that the revision was given to", "inference", Routing),
     Place(f"{STUDY_RESULTS}/routing.json", "what the MAPs were given of the study", "inference", StudyRouting),
-    Place(f"{RESULT}/claim.json", "who computes it", "inference", Claim),
+    Place(f"{RESULT}/claim.json", "who computes it", "inference", Lease),
     Place(f"{RESULT}/attempts/<attempt>/<SOPUID>.dcm", "an instance that a MAP made", "inference"),
     Place(f"{RESULT}/attempts/<attempt>/files/<number>/<name>", "another file that a MAP made", "inference"),
     Place(f"{RESULT}/attempts/<attempt>/log.txt", "what the MAP printed", "inference"),
@@ -83,7 +83,7 @@ LAYOUT = (
     Place(f"{MAP}/serving.json", "the version that serves", "inference", Served),
     Place(f"{MAP}/rejected/<digest>.json", "a version that is not tried again", "inference", Rejection),
     Place(f"{MODEL}/options.json", "what was asked for", "trainer", StoredOptions),
-    Place(f"{MODEL}/lease.json", "who trains", "trainer", Claim),
+    Place(f"{MODEL}/lease.json", "who trains", "trainer", Lease),
     Place(f"{MODEL}/manifest.json", "the arrays and their split", "trainer", Manifest),
     Place(f"{MODEL}/config.js", "the parameters of the round that runs, or to start with", "trainer, a person"),
     Place(f"{MODEL}/first_config.js", "the parameters of the start", "trainer"),
@@ -241,9 +241,9 @@ def study_markers(study_uid: str) -> str:
     return f"settling/_studies/{study_uid}/"
 
 
-def series_claim(study_uid: str, series_uid: str) -> Document[Claim]:
-    """Return the claim of the worker that settles a series."""
-    return Document(f"settling/_claims/{study_uid}/{series_uid}.json", Claim)
+def series_lease(study_uid: str, series_uid: str) -> Document[Lease]:
+    """Return the lease of the worker that settles a series."""
+    return Document(f"settling/_claims/{study_uid}/{series_uid}.json", Lease)
 
 
 # Training arrays.
@@ -341,9 +341,9 @@ class ResultKeys:
         return self.prefix.rpartition("@")[0] + "@"
 
     @property
-    def claim(self) -> Document[Claim]:
+    def lease(self) -> Document[Lease]:
         """Who computes it."""
-        return Document(f"{self.prefix}claim.json", Claim)
+        return Document(f"{self.prefix}claim.json", Lease)
 
     @property
     def outputs(self) -> Document[Outputs]:
@@ -447,9 +447,9 @@ class TrainingKeys:
         return Document(f"{self.prefix}options.json", StoredOptions)
 
     @property
-    def lease(self) -> Document[Claim]:
+    def lease(self) -> Document[Lease]:
         """Who trains."""
-        return Document(f"{self.prefix}lease.json", Claim)
+        return Document(f"{self.prefix}lease.json", Lease)
 
     @property
     def manifest(self) -> Document[Manifest]:

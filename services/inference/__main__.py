@@ -93,7 +93,7 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
             runner=runner,
             targets=targets,
             clock=clock,
-            # A held message stays hidden for half of its visibility timeout at least: the claim of a worker that was
+            # A held message stays hidden for half of its visibility timeout at least: the lease of a worker that was
             # killed ends first.
             lease_s=settings.visibility_s / 2,
         )

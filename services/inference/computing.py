@@ -65,7 +65,7 @@ async def compute(
     modality. Whoever asks has looked for `outputs.json`: it is looked for once more under the lease alone.
 
     Raises:
-        Claimed, Continue: another worker computes it.
+        Leased, Continue: another worker computes it.
         MapFailed: it failed.
         OutputRefused: it made nothing that can be pushed.
         Unprocessable: `instance_missing`.
@@ -78,7 +78,7 @@ async def compute(
             task, revisions, attempt=attempt, least=least, objects=objects, runner=runner, clock=clock
         )
 
-    return await make_once(places.outputs, work, objects=objects, claim=places.claim, lease_s=lease_s, clock=clock)
+    return await make_once(places.outputs, work, objects=objects, lease=places.lease, lease_s=lease_s, clock=clock)
 
 
 async def _attempt(

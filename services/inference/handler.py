@@ -123,7 +123,7 @@ async def infer(
 
     Raises:
         Unprocessable: `revision_missing`, `instance_missing`, `invalid_revision`, `invalid_record`.
-        Claimed, Continue: another worker computes it.
+        Leased, Continue: another worker computes it.
         Unavailable: S3, SQS or the target does not answer, the MAP's process cannot be started, or this worker does
             not have the MAP, which in a rolling deployment another one has.
     """

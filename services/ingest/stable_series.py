@@ -126,7 +126,7 @@ async def settle(dataset: str, study_uid: str, series_uid: str, *, ports: Ports)
     announces the same event. A revision that was overtaken by one with more instances is not stored.
 
     Raises:
-        Claimed, Continue: another worker settles the series.
+        Leased, Continue: another worker settles the series.
     """
     async with ports.settling(series_uid):
         listed = ports.clock()
@@ -151,7 +151,7 @@ async def _settle(
         keys.revision(study_uid, series_uid, digest),
         lambda _: _succeed(series, warnings, ports=ports),
         objects=ports.objects,
-        claim=keys.series_claim(study_uid, series_uid),
+        lease=keys.series_lease(study_uid, series_uid),
         lease_s=ports.settings.visibility_s / 2,
         clock=ports.clock,
     )

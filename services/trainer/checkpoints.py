@@ -19,7 +19,7 @@ from pathlib import Path
 from services.trainer.protocol import News, Saved
 from shared.documents.document import Document, body_of
 from shared.documents.training import StoredPartial
-from shared.errors import Claimed, Unavailable
+from shared.errors import Leased, Unavailable
 from shared.keys import RoundKeys
 from shared.log import get_logger
 from shared.objects import ObjectMissing, ObjectStore
@@ -45,7 +45,7 @@ class Checkpoints:
     _ended: bool = False
 
     async def take(self) -> None:
-        """Take them over from the former owner. Raises `Claimed` where another worker did so later."""
+        """Take them over from the former owner. Raises `Leased` where another worker did so later."""
         while (seen := await self._see()) is not None and seen.epoch < self.epoch:
             ours = seen.model_copy(update={"epoch": self.epoch})
             await self.objects.put_if_match(self._document.key, body_of(ours), self._etag)
@@ -128,7 +128,7 @@ class Checkpoints:
             await self.objects.delete(left.key)
 
     async def _see(self) -> StoredPartial | None:
-        """Look at the pointer. Raises `Claimed` where another worker took over."""
+        """Look at the pointer. Raises `Leased` where another worker took over."""
         try:
             body, self._etag = await self.objects.get_with_etag(self._document.key)
         except ObjectMissing:
@@ -136,5 +136,5 @@ class Checkpoints:
             return None
         seen = self._document.parse(body)
         if seen.epoch > self.epoch:
-            raise Claimed("another worker goes on with the round")
+            raise Leased("another worker goes on with the round")
         return seen

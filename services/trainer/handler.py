@@ -54,7 +54,7 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
 
     Raises:
         Unprocessable: `request_id_taken`, this id was another request's; `invalid_record`.
-        Claimed: another worker trains it.
+        Leased: another worker trains it.
         Unavailable: S3 does not answer, or the training process failed; to be tried again.
         Continue: this worker is to stop, or the message cannot be held much longer; or another worker trains for very
             long.
@@ -64,7 +64,7 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
     await accept(request, asked_at=requested.time, ports=ports)
 
     # Train, unless it is done.
-    completion = await claimed(request, _train, asked_at=requested.time, ports=ports)
+    completion = await under_lease(request, _train, asked_at=requested.time, ports=ports)
 
     # Announce.
     if completion is not None:
@@ -79,7 +79,7 @@ async def accept(request: TrainingRequest, *, asked_at: datetime, ports: Ports) 
         raise Unprocessable("request_id_taken")
 
 
-async def claimed(
+async def under_lease(
     request: TrainingRequest,
     work: Callable[[Run], Awaitable[StoredCompletion | Result]],
     *,
@@ -115,7 +115,7 @@ async def claimed(
         keys.completed,
         do,
         objects=ports.objects,
-        claim=keys.lease,
+        lease=keys.lease,
         lease_s=ports.settings.lease_s,
         clock=ports.clock,
     )

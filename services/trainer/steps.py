@@ -30,7 +30,7 @@ from pydantic import ValidationError
 
 from services.trainer.__main__ import ports_of
 from services.trainer.data.loading import loaded
-from services.trainer.handler import accept, announce_completion, claimed, generate
+from services.trainer.handler import accept, announce_completion, generate, under_lease
 from services.trainer.rounds import announce, evaluate, first_config, modify, train, trained_of
 from services.trainer.run import Ports, Run
 from services.trainer.settings import TrainerSettings
@@ -75,7 +75,7 @@ async def _perform(step: str, request_id: str, asked: Json | None, *, ports: Por
     options = await stored(keys.options, objects=ports.objects)
     if options is None:
         raise Unprocessable("unknown_request")
-    done = await claimed(options.request, STEPS[step], asked_at=options.time or ports.clock(), ports=ports)
+    done = await under_lease(options.request, STEPS[step], asked_at=options.time or ports.clock(), ports=ports)
     if done is None:
         failure = await stored(keys.failure, objects=ports.objects)
         return {"next": None, "reason": failure.told.reason_code if failure else "failed"}

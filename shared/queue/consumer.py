@@ -16,7 +16,7 @@ from shared import metrics as declared
 from shared.aws_errors import AWS_ERRORS, code_of
 from shared.concurrency import heed
 from shared.config import ServiceSettings
-from shared.errors import Claimed, Unprocessable
+from shared.errors import Leased, Unprocessable
 from shared.log import get_logger
 from shared.messages import Event, Message, decode
 from shared.metrics import Metrics
@@ -231,7 +231,7 @@ class _Consumer:
 
     def _note(self, fate: Fate, error: BaseException | None) -> None:
         """Tell the circuit how the handler ended, if that says whether work can be done: bad messages say nothing."""
-        if fate is Fate.RELEASE or isinstance(error, Claimed | Unprocessable):
+        if fate is Fate.RELEASE or isinstance(error, Leased | Unprocessable):
             return
         if self.circuit.note(None if fate is Fate.CONTINUE else reason_of(error)):
             self._count(declared.CIRCUIT_OPENED)

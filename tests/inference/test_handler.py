@@ -18,7 +18,7 @@ from shared import keys
 from shared.dicomweb import DicomWeb
 from shared.documents.document import body_of
 from shared.documents.inference import Failure, Outputs, Result, Routing
-from shared.errors import Claimed, Unavailable, Unprocessable
+from shared.errors import Leased, Unavailable, Unprocessable
 from shared.keys import ResultKeys
 from shared.messages import InferenceCompleted, InferenceFailed, InferenceOutput, InferenceRequested, InferenceSkipped
 from shared.objects import ObjectStore
@@ -209,7 +209,7 @@ async def test_of_two_workers_on_one_request_one_computes(worker):
     await infer(requested, **worker.for_infer)
     attempts = {key.split("/")[0] for key in await worker.keys(f"{ResultKeys.of(requested.data).prefix}attempts/")}
 
-    assert [type(end) for end in ends if end] == [Claimed]
+    assert [type(end) for end in ends if end] == [Leased]
     assert len(attempts) == 1
     assert worker.publish.events[0] == worker.publish.events[1]
 

@@ -17,7 +17,7 @@ from shared import keys
 from shared.concurrency import KeyedLocks
 from shared.documents.document import body_of
 from shared.documents.revisions import Revision
-from shared.errors import Claimed, Unprocessable
+from shared.errors import Leased, Unprocessable
 from shared.keys import series_prefix
 from shared.messages import SeriesReady, SeriesSettling, UploadRejected, decode
 
@@ -241,7 +241,7 @@ async def test_two_zips_of_one_series_at_once_end_in_a_revision_of_all(bench, ma
         while True:
             try:
                 return await handle_uploads(event, ports=ports)
-            except Claimed:
+            except Leased:
                 await asyncio.sleep(0.1)
 
     await asyncio.gather(delivered(events[0], bench.ports), delivered(events[1], other))

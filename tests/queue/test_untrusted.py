@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.config import Misconfigured, ServiceSettings
-from shared.errors import Claimed, Unavailable
+from shared.errors import Leased, Unavailable
 from shared.queue import consume
 from shared.queue.sqs import SqsQueue
 from tests.queue.fakesqs import Fault
@@ -302,7 +302,7 @@ async def test_what_was_in_work_at_five_kills_is_dead_lettered():
         assert [letter["reason_code"] for letter in here.dead_letters()] == ["worker_died"]
 
 
-@pytest.mark.parametrize("error", [Unavailable("an outage"), Claimed("by another")])
+@pytest.mark.parametrize("error", [Unavailable("an outage"), Leased("by another")])
 @virtual_time
 async def test_no_outage_ever_counts_as_a_kill_or_a_bug(error):
     """Thirty times given back, four kills and two exceptions among them: the work is done in the end."""

@@ -17,7 +17,7 @@ CALLS = {
     "Publisher": "sqs, settings",
     "Unprocessable": "reason_code, detail",
     "consume": "handlers, sqs, queue, settings, stop, metrics",
-    "once": "document, work, objects, claim, lease_s, clock",
+    "once": "document, work, objects, lease, lease_s, clock",
     "receive_count": "",
     "remaining_s": "",
     "run": "name, settings_class, serve",
@@ -28,7 +28,7 @@ CALLS = {
 """What is called with which parameters."""
 NAMES = {
     *CALLS,
-    *("Aws", "Claim", "Claimed", "Continue", "CreatedObject", "Event", "Fate", "Handler", "Metrics", "Misconfigured"),
+    *("Aws", "Lease", "Leased", "Continue", "CreatedObject", "Event", "Fate", "Handler", "Metrics", "Misconfigured"),
     *("InferenceCompleted", "InferenceFailed", "InferenceRequested", "InferenceSkipped", "InferenceTask"),
     *("MapRejected", "MapUpdated", "ObjectSummary", "ObjectsCreated", "Publish", "ReportRequest"),
     *("SeriesReady", "ServiceSettings", "Stored", "TrainingCompleted", "TrainingFailed", "TrainingRequest"),

@@ -43,7 +43,7 @@ PINNED = {
     f"studies/1.2/1.2.3/revisions/{AB}.json": keys.revision("1.2", "1.2.3", AB),
     "settling/chest/1.2/1.2.3/1772000000": keys.series_markers("chest", "1.2", "1.2.3") + "1772000000",
     "settling/_studies/1.2/1772000000": keys.study_markers("1.2") + "1772000000",
-    "settling/_claims/1.2/1.2.3.json": keys.series_claim("1.2", "1.2.3"),
+    "settling/_claims/1.2/1.2.3.json": keys.series_lease("1.2", "1.2.3"),
     f"datasets/chest/1.2.3.{AB}.{'0' * 16}.npy": keys.array("chest", "1.2.3", AB, "0" * 16),
     f"datasets/chest/1.2.3.{AB}.{'0' * 16}.json": keys.sidecar(keys.array("chest", "1.2.3", AB, "0" * 16)),
     f"datasets/chest/window.CT.{'0' * 16}.json": keys.window("chest", "CT", "0" * 16),
@@ -52,7 +52,7 @@ PINNED = {
     "results/1.2/study/5a1259787a099771d511d19f01de048a/routing.json": keys.study_routing(
         "1.2", keys.digest_of_series((REF, OTHER))
     ),
-    f"{RESULT_OF}claim.json": RESULT.claim,
+    f"{RESULT_OF}claim.json": RESULT.lease,
     f"{RESULT_OF}attempts/a1/9.9.dcm": RESULT.made_instance("a1", "9.9"),
     f"{RESULT_OF}attempts/a1/files/0/table.csv": RESULT.made_file("a1", 0, "table.csv"),
     f"{RESULT_OF}attempts/a1/log.txt": RESULT.log("a1"),
@@ -178,7 +178,7 @@ def test_documents_are_found_in_listings():
     for document in (RESULT.outputs, RESULT.result, RESULT.failure):
         assert keys.stored_result(document.key) == ("1.2.3", RESULT)
     assert keys.stored_result(OF_STUDY.failure.key) == ("study", OF_STUDY)
-    assert keys.stored_result(RESULT.claim.key) is None
+    assert keys.stored_result(RESULT.lease.key) is None
     assert keys.stored_result(f"{RESULT.made_file('a', 0, 'result.json')}") is None
 
 

@@ -1,4 +1,4 @@
-"""Records that are written once, and the claim on making them: over S3, and in virtual time with all going wrong."""
+"""Records that are written once, and the lease on making them: over S3, and in virtual time with all going wrong."""
 
 import asyncio
 import json
@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared import idempotency as module
-from shared.documents.claims import Claim
 from shared.documents.document import Document, Stored
-from shared.errors import Claimed, Continue, Unavailable, Unprocessable
+from shared.documents.leases import Lease
+from shared.errors import Continue, Leased, Unavailable, Unprocessable
 from shared.idempotency import once, store_once, stored
 from shared.messages import ReportRequest, ReportRequested
 from shared.objects import ObjectMissing, ObjectStore
@@ -45,9 +45,9 @@ def prefix() -> str:
 
 
 def do_once(objects, prefix, work, *, lease_s=60.0, clock=lambda: datetime.now(UTC)):
-    """Do it, with the record and the claim under `prefix`."""
-    claim = Document(f"{prefix}claim.json", Claim)
-    return once(made_at(prefix), work, objects=objects, claim=claim, lease_s=lease_s, clock=clock)
+    """Do it, with the record and the lease under `prefix`."""
+    lease = Document(f"{prefix}claim.json", Lease)
+    return once(made_at(prefix), work, objects=objects, lease=lease, lease_s=lease_s, clock=clock)
 
 
 def made_at(prefix):
@@ -85,12 +85,12 @@ async def until(condition) -> None:
 
 
 async def test_what_is_done_is_given_and_not_done_again(objects, prefix):
-    """The second time the record is there, so neither work nor claim is needed."""
+    """The second time the record is there, so neither work nor lease is needed."""
     first = await do_once(objects, prefix, making("first"))
-    claim = await objects.get_with_etag(f"{prefix}claim.json")
+    lease = await objects.get_with_etag(f"{prefix}claim.json")
 
     assert await do_once(objects, prefix, never) == first == Made(by="first")
-    assert await objects.get_with_etag(f"{prefix}claim.json") == claim
+    assert await objects.get_with_etag(f"{prefix}claim.json") == lease
 
 
 async def test_the_first_record_stays(objects, prefix):
@@ -102,7 +102,7 @@ async def test_the_first_record_stays(objects, prefix):
 
 
 async def test_what_is_no_record_is_handed_back_and_can_be_done_again(objects, prefix):
-    """Work may end without a record: nothing is stored, and the claim is free at once."""
+    """Work may end without a record: nothing is stored, and the lease is free at once."""
 
     async def nothing(_: int) -> None:
         return None
@@ -115,13 +115,13 @@ async def test_what_is_no_record_is_handed_back_and_can_be_done_again(objects, p
 
 @pytest.mark.parametrize("name", ["made.json", "claim.json"])
 async def test_what_somebody_else_stored_under_our_keys_can_never_be_used(objects, prefix, name):
-    """A record or claim that cannot be read is told by its key, not by what it holds."""
+    """A record or lease that cannot be read is told by its key, not by what it holds."""
     await objects.put(prefix + name, b'{"by": 1, "owner": "DOE^JANE"}')
     with pytest.raises(Unprocessable, match=f"invalid_record: {prefix}{name}$"):
         await do_once(objects, prefix, never)
 
 
-# Claimed.
+# Leased.
 
 
 async def test_one_of_two_workers_works(objects, prefix):
@@ -135,7 +135,7 @@ async def test_one_of_two_workers_works(objects, prefix):
     async def contend() -> Made:
         try:
             return await do_once(objects, prefix, work)
-        except Claimed:
+        except Leased:
             turned_away.set()
             return await endless(0)
 
@@ -150,7 +150,7 @@ async def test_one_of_two_workers_works(objects, prefix):
 
 
 async def test_who_waited_for_the_claim_finds_what_its_last_owner_stored(objects, prefix):
-    """The record may come between the first look and the claim: it is looked for again."""
+    """The record may come between the first look and the lease: it is looked for again."""
 
     class Overtaken(ObjectStore):
         async def get_with_etag(self, key):
@@ -165,7 +165,7 @@ async def test_who_waited_for_the_claim_finds_what_its_last_owner_stored(objects
 
 @pytest.mark.parametrize("ending", [Unavailable, Continue, ZeroDivisionError, asyncio.CancelledError])
 async def test_work_that_ends_early_gives_the_claim_back(objects, prefix, ending):
-    """However work fails, the next worker need not wait for the end of the claim."""
+    """However work fails, the next worker need not wait for the end of the lease."""
 
     async def failing(_: int) -> Made:
         raise ending
@@ -179,15 +179,15 @@ async def test_work_that_ends_early_gives_the_claim_back(objects, prefix, ending
 
 async def test_a_worker_that_is_stopped_ends_its_work_and_then_gives_the_claim_back(objects, prefix):
     """At a drain nobody else begins before the cancelled work has ended."""
-    working, claims = asyncio.Event(), []
+    working, leases = asyncio.Event(), []
 
     async def work(_: int) -> Made:
         working.set()
         try:
             return await endless(0)
         finally:
-            # All of it takes longer than to give the claim back.
-            claims.extend([(await claim_of(objects, prefix))["ends"] for _ in range(10)])
+            # All of it takes longer than to give the lease back.
+            leases.extend([(await claim_of(objects, prefix))["ends"] for _ in range(10)])
 
     stopped = asyncio.ensure_future(do_once(objects, prefix, work))
     await asyncio.wait_for(working.wait(), WITHIN_S)
@@ -195,8 +195,8 @@ async def test_a_worker_that_is_stopped_ends_its_work_and_then_gives_the_claim_b
     await asyncio.gather(stopped, return_exceptions=True)
 
     assert stopped.cancelled()
-    assert len(claims) == 10
-    assert min(map(datetime.fromisoformat, claims)) > datetime.now(UTC), "claimed until the work had ended"
+    assert len(leases) == 10
+    assert min(map(datetime.fromisoformat, leases)) > datetime.now(UTC), "leased until the work had ended"
     assert await do_once(objects, prefix, making("next")) == Made(by="next")
 
 
@@ -204,7 +204,7 @@ async def test_a_worker_that_is_stopped_ends_its_work_and_then_gives_the_claim_b
 
 
 async def test_a_stale_claim_is_taken_over_by_one_with_the_next_epoch(objects, prefix):
-    """A claim whose owner died is taken by one of many when it has ended; all others are turned away."""
+    """A lease whose owner died is taken by one of many when it has ended; all others are turned away."""
     dead = {"owner": "dead", "epoch": 7, "ends": "2020-01-01T00:00:00Z"}
     await objects.put(f"{prefix}claim.json", json.dumps(dead).encode())
     epochs: list[int] = []
@@ -219,7 +219,7 @@ async def test_a_stale_claim_is_taken_over_by_one_with_the_next_epoch(objects, p
     async def contend() -> Made:
         try:
             return await do_once(objects, prefix, work)
-        except Claimed:
+        except Leased:
             turned_away.release()
             raise
 
@@ -227,16 +227,16 @@ async def test_a_stale_claim_is_taken_over_by_one_with_the_next_epoch(objects, p
         results = await asyncio.gather(*(contend() for _ in range(4)), return_exceptions=True)
 
     assert epochs == [8]
-    assert sorted(type(result).__name__ for result in results) == ["Claimed", "Claimed", "Claimed", "Made"]
+    assert sorted(type(result).__name__ for result in results) == ["Leased", "Leased", "Leased", "Made"]
 
 
 OWNER = """
 import asyncio, os, sys
 from datetime import UTC, datetime
 from shared.aws import connect
-from shared.documents.claims import Claim
+from shared.documents.leases import Lease
 from shared.documents.document import Document, Stored
-from shared.errors import Claimed
+from shared.errors import Leased
 from shared.objects import ObjectStore
 from tests.shared.test_once import Made, do_once
 
@@ -250,8 +250,8 @@ async def main():
         objects = ObjectStore(aws.s3, os.environ["RADQUEUE_BUCKET"])
         try:
             print((await do_once(objects, sys.argv[1], work, lease_s=2)).by, flush=True)
-        except Claimed:
-            print("Claimed", flush=True)
+        except Leased:
+            print("Leased", flush=True)
 
 asyncio.run(main())
 """
@@ -274,7 +274,7 @@ async def test_an_owner_that_was_suspended_past_its_claim_loses(local_aws, objec
                     try:
                         made = await do_once(objects, prefix, making("successor"))
                         break
-                    except Claimed:
+                    except Leased:
                         await asyncio.sleep(0.1)
             owner.stdin.write("go on\n")
             owner.stdin.flush()
@@ -285,13 +285,13 @@ async def test_an_owner_that_was_suspended_past_its_claim_loses(local_aws, objec
 
     assert began.strip() == "working"
     assert made == await stored(made_at(prefix), objects=objects) == Made(by="successor")
-    assert ended.strip() in {"Claimed", "successor"}
+    assert ended.strip() in {"Leased", "successor"}
     assert (await claim_of(objects, prefix))["epoch"] == 2
 
 
 @pytest.mark.parametrize("late_first", [False, True])
 async def test_of_two_owners_that_do_not_know_of_one_another_one_record_counts(objects, prefix, late_first):
-    """An owner that did not notice its claim's end makes a record, too: the first one stored is given to both."""
+    """An owner that did not notice its lease's end makes a record, too: the first one stored is given to both."""
     working, go_on = asyncio.Event(), asyncio.Event()
 
     async def late(_: int) -> Made:
@@ -315,14 +315,14 @@ async def test_of_two_owners_that_do_not_know_of_one_another_one_record_counts(o
     go_on.set()
 
     assert await owner == made == Made(by="late" if late_first else "successor")
-    assert all(datetime.fromisoformat(end) > in_two_hours for end in ends), "the late owner ended no claim but its own"
+    assert all(datetime.fromisoformat(end) > in_two_hours for end in ends), "the late owner ended no lease but its own"
 
 
 # Lost.
 
 
 async def test_a_claim_that_was_taken_over_stops_the_work(objects, prefix):
-    """A worker whose claim another one took stops, says so, and leaves the other's claim alone."""
+    """A worker whose lease another one took stops, says so, and leaves the other's lease alone."""
     other = {"owner": "another", "epoch": 7, "ends": "2999-01-01T00:00:00Z"}
     stopped = asyncio.Event()
 
@@ -333,7 +333,7 @@ async def test_a_claim_that_was_taken_over_stops_the_work(objects, prefix):
         finally:
             stopped.set()
 
-    with pytest.raises(Claimed, match="lost"):
+    with pytest.raises(Leased, match="lost"):
         await do_once(objects, prefix, work, lease_s=6)
 
     assert stopped.is_set()
@@ -341,7 +341,7 @@ async def test_a_claim_that_was_taken_over_stops_the_work(objects, prefix):
 
 
 class Faulty(ObjectStore):
-    """A store where writes of the claim go wrong as told: `error` is raised once, `unanswered` are stored only."""
+    """A store where writes of the lease go wrong as told: `error` is raised once, `unanswered` are stored only."""
 
     unanswered = 0
     error: Exception | None = None
@@ -365,7 +365,7 @@ def faulty(aws, local_aws) -> Faulty:
 
 
 async def test_a_renewal_whose_answer_got_lost_is_no_lost_claim(faulty, prefix):
-    """S3 stores a renewal and does not answer: the claim is still known as ours, renewed, and given back."""
+    """S3 stores a renewal and does not answer: the lease is still known as ours, renewed, and given back."""
     faulty.unanswered = 1
 
     async def work(_: int) -> Made:
@@ -373,11 +373,11 @@ async def test_a_renewal_whose_answer_got_lost_is_no_lost_claim(faulty, prefix):
         return Made(by="owner")
 
     made = await do_once(faulty, prefix, work, lease_s=5)
-    claim = await claim_of(faulty, prefix)
+    lease = await claim_of(faulty, prefix)
 
     assert made == Made(by="owner")
-    assert claim["epoch"] == 1
-    assert datetime.fromisoformat(claim["ends"]) <= datetime.now(UTC), "it was given back"
+    assert lease["epoch"] == 1
+    assert datetime.fromisoformat(lease["ends"]) <= datetime.now(UTC), "it was given back"
 
 
 async def test_a_claim_is_given_back_also_in_the_middle_of_a_renewal(faulty, prefix):
@@ -393,7 +393,7 @@ async def test_a_claim_is_given_back_also_in_the_middle_of_a_renewal(faulty, pre
 
 
 async def test_a_claim_whose_answer_got_lost_is_ours(objects, prefix):
-    """The first write was stored and its answer lost, so that its repetition is refused: the claim says who won."""
+    """The first write was stored and its answer lost, so that its repetition is refused: the lease says who won."""
 
     class Repeating(ObjectStore):
         async def put_if_absent(self, key, body):
@@ -436,14 +436,14 @@ async def test_a_message_that_is_turned_away_for_long_is_neither_lost_nor_dead_l
 
     async def work(epoch: int) -> Made:
         epochs.append(epoch)
-        await until(lambda: ("Continue", 4) in endings and endings[-1] == ("Claimed", 1))
+        await until(lambda: ("Continue", 4) in endings and endings[-1] == ("Leased", 1))
         return Made(by="the only one")
 
     async def handle(_: ReportRequested) -> None:
         ending = "done"
         try:
             await do_once(objects, prefix, work)
-        except (Claimed, Continue) as turned_away:
+        except (Leased, Continue) as turned_away:
             ending = type(turned_away).__name__
             raise
         finally:
@@ -469,7 +469,7 @@ async def test_a_message_that_is_turned_away_for_long_is_neither_lost_nor_dead_l
     ]
 
     assert epochs == [1]
-    assert ("Claimed", 3) in endings
+    assert ("Leased", 3) in endings
     assert left == [0, 0]
     assert "circuit.opened" not in {line["event"] for line in lines}
 
@@ -627,7 +627,7 @@ async def _killed(world: World, kill_s: float) -> None:
 
 @pytest.mark.parametrize("kill_s", [1.5, 3.3, 50.0, 1e3])
 def test_a_killed_owner_holds_the_others_up_for_one_lease_at_most(kill_s):
-    """A second worker, which asks all the time, begins when the claim of the dead one has ended, and not before."""
+    """A second worker, which asks all the time, begins when the lease of the dead one has ended, and not before."""
 
     @virtual_time
     async def run() -> None:
@@ -643,7 +643,7 @@ def test_a_killed_owner_holds_the_others_up_for_one_lease_at_most(kill_s):
             try:
                 clock = lambda: NOON + timedelta(seconds=loop.time())  # noqa: E731
                 await do_once(Simulated(world.bucket, world.chance, 0), "", work, lease_s=LEASE_S, clock=clock)
-            except Claimed:
+            except Leased:
                 turned_away.append(loop.time())
 
         assert kill_s + LEASE_S / 2 < turned_away[-1] <= kill_s + LEASE_S
@@ -654,7 +654,7 @@ def test_a_killed_owner_holds_the_others_up_for_one_lease_at_most(kill_s):
 
 @virtual_time
 async def test_a_claim_that_s3_does_not_renew_is_believed_in_until_its_end_only():
-    """Where every renewal hangs, work is cancelled at the very end of the claim: another worker may begin then."""
+    """Where every renewal hangs, work is cancelled at the very end of the lease: another worker may begin then."""
     world = World(Random(1))  # noqa: S311 - a test
     loop = asyncio.get_running_loop()
     began = ended = 0.0
@@ -668,9 +668,9 @@ async def test_a_claim_that_s3_does_not_renew_is_believed_in_until_its_end_only(
             ended = loop.time()
 
     store = Simulated(world.bucket, world.chance, faults=0)
-    with pytest.raises(Claimed, match="lost"):
+    with pytest.raises(Leased, match="lost"):
         await do_once(store, "", work, lease_s=LEASE_S, clock=lambda: NOON + timedelta(seconds=loop.time()))
-    claim = json.loads(world.bucket["claim.json"][0])
+    lease = json.loads(world.bucket["claim.json"][0])
 
-    assert ended == pytest.approx((datetime.fromisoformat(claim["ends"]) - NOON).total_seconds(), abs=1e-5)
+    assert ended == pytest.approx((datetime.fromisoformat(lease["ends"]) - NOON).total_seconds(), abs=1e-5)
     assert began < LEASE_S < ended + 1

@@ -18,7 +18,7 @@ from services.trainer.jsconfig import modify_config, read_config
 from services.trainer.protocol import Evaluate, Images, Train
 from services.trainer.settings import TrainerSettings
 from shared.config import Misconfigured, load
-from shared.errors import Claimed, Continue, Unavailable, Unprocessable
+from shared.errors import Continue, Leased, Unavailable, Unprocessable
 from shared.messages import TrainingCompleted, TrainingFailed, TrainingRoundCompleted
 from tests.trainer.trainers import ENDLESS, TINY, WITHIN_S, document, put_series, requested
 
@@ -168,7 +168,7 @@ async def test_one_of_two_workers_trains(objects, start, dataset):
     first, second = start(objects), start(objects)
     training = asyncio.create_task(first.handle(asked))
     await asyncio.wait_for(first.worker.busy.wait(), WITHIN_S)
-    with pytest.raises(Claimed):
+    with pytest.raises(Leased):
         await second.handle(asked)
     assert second.worker.asked == []
 

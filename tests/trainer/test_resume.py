@@ -8,7 +8,7 @@ from services.trainer import run
 from services.trainer.checkpoints import Checkpoints
 from services.trainer.protocol import Saved
 from shared.documents.training import StoredPartial
-from shared.errors import Claimed, Continue, Unavailable
+from shared.errors import Continue, Leased, Unavailable
 from shared.keys import RoundKeys
 from tests.trainer.trainers import TINY, document, requested
 
@@ -123,7 +123,7 @@ async def test_a_worker_that_lost_its_lease_moves_no_pointer_and_deletes_nothing
     assert (fetched, body) == (True, b"10")
     assert moved == pointer_to(f"{folder}/partial.0.2.15.pt", step=15)
     assert not await objects.exists(pointer["key"])
-    with pytest.raises(Claimed):
+    with pytest.raises(Leased):
         await former.take()
 
 

@@ -1,11 +1,11 @@
-"""The claim of the worker that works on a record; `shared/idempotency.py` says what it guarantees."""
+"""The lease of the worker that works on a record; `shared/idempotency.py` says what it guarantees."""
 
 from pydantic import AwareDatetime
 
 from shared.documents.document import Stored
 
 
-class Claim(Stored):
+class Lease(Stored):
     """`lease.json`, `claim.json`: who works, and until when unless it is renewed."""
 
     owner: str
