@@ -42,7 +42,7 @@ async def serve(settings: TrainerSettings, aws: Aws, metrics: Metrics, stop: asy
 
 @asynccontextmanager
 async def ports_of(settings: TrainerSettings, stop: asyncio.Event, *, aws: Aws) -> AsyncIterator[Ports]:
-    """Open what the trainer needs of the world; its process ends with the block."""
+    """Open the connections and the training process of a trainer; the process ends when the block does."""
     prepare(settings.copies)
     argv = (*TOGETHER, str(settings.processes)) if settings.engine == "torchrun" else WORKER
     local = Child(argv, limits=Limits(memory_bytes=settings.memory_bytes), env=WORKER_ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""What can be said of the parameters of a training request before a trainer has it."""
+"""Checks of the parameters of a training request, before a trainer receives it."""
 
 from collections.abc import Mapping
 
@@ -8,12 +8,12 @@ from shared.documents.training import Value
 
 
 def parameters() -> dict[str, Value]:
-    """Return the parameters that there are, with the values of the shipped config.js."""
+    """Return all parameters, with their values in the shipped config.js."""
     return read_config(DEFAULT_CONFIG.read_text("utf-8"))
 
 
 def fault_of(overrides: Mapping[str, Value]) -> str | None:
-    """Return what the trainer would find wrong with overrides of the shipped config.js; None where nothing is."""
+    """Return what the trainer would find wrong with overrides of the shipped config.js; None if they are right."""
     try:
         TrainingConfig.of({**parameters(), **overrides})
     except InvalidConfig as error:

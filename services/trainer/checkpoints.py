@@ -1,13 +1,13 @@
 """The checkpoints of a round in the making, so that another worker goes on in the middle of it.
 
-Theory of operation. The training process saves a file now and then, and tells its path. Here it is uploaded under a
-name of its own, and then a pointer, a small record that is changed by compare-and-swap alone, is moved to it; what the
-pointer left is deleted. So the pointer never names what is not there, and whoever is killed loses what was done since.
-A checkpoint that is not as it was saved is left alone, and the round begins anew.
+Theory of operation. The training process saves a checkpoint now and then, and reports its path. The file is uploaded
+under a name of its own; then a pointer, a small record that is changed by compare-and-swap alone, is moved to it, and
+the checkpoint before it is deleted. So the pointer always names a checkpoint that exists, and a worker that is killed
+loses only the work since that one. A checkpoint whose hash is wrong is not used, and the round begins anew.
 
-The pointer carries the epoch of the lease of who moved it. A worker that takes over first writes its own epoch into the
-pointer: from then on a former owner, which may not know yet that it lost the lease, cannot move it any more, and
-deletes nothing that is still named.
+The pointer carries the epoch of the lease under which it was moved. A worker that takes over writes its own epoch into
+the pointer first. From then on a former owner, which may not know yet that it lost the lease, can neither move the
+pointer nor delete a checkpoint that is still named.
 """
 
 import asyncio
@@ -30,33 +30,35 @@ log = get_logger()
 
 @dataclass(slots=True)
 class Checkpoints:
-    """Those of one try at a round, while this worker has the lease."""
+    """The checkpoints of one try at a round, while this worker has the lease."""
 
     objects: ObjectStore
     keys: RoundKeys
     number: int
-    """Of the try, from 0."""
+    """The number of the try, from 0."""
     epoch: int
+    """The epoch of this worker's lease."""
     pointer: StoredPartial | None = None
+    """The newest stored checkpoint; None if there is none."""
     _etag: str = ""
     _newest: tuple[Path, int] | None = None
-    """What was saved and is not stored yet."""
+    """Path and step of the newest checkpoint that is saved and not stored yet."""
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: bool = False
 
     async def take(self) -> None:
-        """Take them over from the former owner. Raises `Leased` where another worker did so later."""
+        """Take the checkpoints over from the former owner. Raises `Leased` if a later worker has them already."""
         while (seen := await self._see()) is not None and seen.epoch < self.epoch:
             ours = seen.model_copy(update={"epoch": self.epoch})
             await self.objects.put_if_match(self._document.key, body_of(ours), self._etag)
         self.pointer = seen
 
     def reached(self) -> int:
-        """Return the step of the last one."""
+        """Return the step of the last stored checkpoint; 0 if there is none."""
         return self.pointer.step if self.pointer is not None else 0
 
     async def download(self, path: Path) -> bool:
-        """Fetch the last one; tells whether there is any that is as it was saved."""
+        """Fetch the last stored checkpoint; returns whether there is one and its hash is right."""
         if self.pointer is None:
             return False
         await self.objects.download(self.pointer.key, path)
@@ -66,7 +68,7 @@ class Checkpoints:
         return True
 
     def told(self, news: News) -> None:
-        """Hear what the training process tells: which checkpoint it saved, and at which step."""
+        """Take note of a checkpoint that the training process has saved."""
         if not isinstance(news, Saved):
             return
         if self._newest is not None:  # it comes faster than S3 takes it
@@ -76,7 +78,7 @@ class Checkpoints:
 
     @asynccontextmanager
     async def stored(self) -> AsyncIterator[None]:
-        """Store what is saved meanwhile; the last of it is stored when the block ends, however it ends."""
+        """Store checkpoints while the block runs; the last one is stored when the block ends, however it ends."""
         self._ended = False
         storing = asyncio.create_task(self._store())
         try:
@@ -87,7 +89,7 @@ class Checkpoints:
             await storing
 
     async def delete(self) -> None:
-        """Delete those of all tries, also what a former owner left behind."""
+        """Delete the checkpoints of all tries of the round, also those that a former owner left behind."""
         async for item in self.objects.list(self.keys.partials_prefix):
             await self.objects.delete(item.key)
 
@@ -110,13 +112,13 @@ class Checkpoints:
         try:
             await self.objects.upload(path, pointer.key)
             await self._point_to(pointer)
-        except Unavailable as error:  # of a lease that is lost, too: the keeper of the lease ends the work
+        except Unavailable as error:  # also when the lease is lost: its keeper ends the work
             log.warning("training.checkpoint_not_stored", step=step, error=str(error))
         finally:
             await asyncio.to_thread(path.unlink)
 
     async def _point_to(self, pointer: StoredPartial) -> None:
-        """Move the pointer, and delete what it left."""
+        """Move the pointer, and delete the checkpoint that it named before."""
         left = self.pointer
         while await self._see() != pointer:
             if self._etag:
@@ -128,7 +130,7 @@ class Checkpoints:
             await self.objects.delete(left.key)
 
     async def _see(self) -> StoredPartial | None:
-        """Look at the pointer. Raises `Leased` where another worker took over."""
+        """Read the pointer. Raises `Leased` if another worker took over."""
         try:
             body, self._etag = await self.objects.get_with_etag(self._document.key)
         except ObjectMissing:

@@ -6,7 +6,7 @@ images.npy          (n, H, W) float32 in [-1, 1]; images.png shows the first of 
 images.png.zip      one PNG per image; images.dicom.zip one Secondary Capture per image
 interpolation.png   walks through the latent space
 curves.png          losses, distance and quality over the steps
-tensorboard/…       the same for TensorBoard, where the setting says so
+tensorboard/…       the same for TensorBoard, if RADQUEUE_TENSORBOARD is set
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from shared.messages import CompletedTraining
 
 
 async def complete(run: Run, rounds: Sequence[StoredRound], best: int) -> StoredCompletion:
-    """Make the products of round `best`, from 1, of all rounds, store them, and say what completed.json is to hold."""
+    """Make and store the products of round number `best`, from 1; returns the content of completed.json."""
     # Load.
     request, keys, objects, chosen = run.request, run.keys, run.ports.objects, rounds[best - 1]
     manifest = keys.manifest.parse(await objects.get(keys.manifest.key))

@@ -9,13 +9,13 @@ from pydantic.alias_generators import to_camel
 from shared.documents.training import Value
 
 DEFAULT_CONFIG = files("services.trainer") / "config.js"
-"""The file that a training begins with where its request brings none."""
+"""The file that a training begins with if its request brings none."""
 MAX_AUGMENTATION = 0.8
-"""Probability of a random change of an image; with more, changed images may be taken for what is to be made."""
+"""The highest probability of a random change of an image; above it, the generator may learn to make changed images."""
 
 
 WHAT = {"missing": "missing", "extra_forbidden": "unknown parameter"}
-"""What is told of a parameter, by pydantic's error; of any other, pydantic's own words, which hold no value."""
+"""Our words for pydantic's types of error; for all other types its own words are used, which hold no value."""
 
 
 class InvalidConfig(ValueError):  # noqa: N818 - it states a fact about the file

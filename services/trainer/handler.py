@@ -1,25 +1,26 @@
 """The journey of a training request: load, train, evaluate, modify, retrain, generate.
 
-Everything that a training knows is under `models/<request id>/`, so that any worker can go on with it:
+The whole state of a training is under `models/<request id>/`, so that any worker can go on with it:
 
-    options.json                what was asked for; a second request of this id must be the same
-    lease.json                  who trains: a claim of shared/idempotency.py
+    options.json                the request; a second request of this id must be the same
+    lease.json                  which worker trains: a lease of shared/idempotency.py
     manifest.json               the arrays and their split, as of the first start
-    config.js                   the parameters of the round that runs; put there before the request, it is started with
+    config.js                   the parameters of the current round; one that is there before the request is the start
     first_config.js             the parameters of the start, resolved
     rounds/<n>/plan.<try>.json  what the round is to do, and why; a round that diverges is tried again
-    rounds/<n>/partial.<try>.json, partial.<try>.<epoch>.<step>.pt     where it is; checkpoints.py
+    rounds/<n>/partial.<try>.json, partial.<try>.<epoch>.<step>.pt     its checkpoints; checkpoints.py
     rounds/<n>/trained.<try>.json, checkpoint.<epoch>.pt               it is trained
     rounds/<n>/evaluation.json, images.<epoch>.png, config.<epoch>.js  it is completed
-    state.json                  the round that runs, and how often it was tried
+    state.json                  the current round, and how often it was tried
     progress.json               how far it is, for people who watch
     generator.pt, …             the products: completion.py lists them
     completed.json              the end of the training
     failure.json                why it cannot work; deleted when it is tried again
 
-Every step of it is a function over these records, and stores its own last and only where none is: the first writer
-wins, and who comes later goes on with what the first one stored. What a record names carries the epoch of the lease, so
-that a worker which lost the lease without knowing cannot change it. `steps.py` has the same steps as commands.
+Each part of the journey is a function over these records. It stores its own record last, and only if there is none: the
+first writer wins, and later ones go on with what the first one stored. An object that a record names has the epoch of
+the lease in its key, so a worker that lost the lease without knowing cannot change it. `steps.py` has the workflow
+steps: the same parts as commands.
 """
 
 from collections.abc import Awaitable, Callable
@@ -50,7 +51,7 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
 
     Afterwards the model, its images and every round are under `models/<request id>/`. The same message again goes on
     after the last checkpoint; stored rounds are announced again, with the same ids. Of two workers with one request,
-    one trains. A training that cannot work is an outcome: `failure.json` and `training.failed`.
+    only one trains. A training that cannot work is an outcome: `failure.json` and `training.failed`.
 
     Raises:
         Unprocessable: `request_id_taken`, this id was another request's; `invalid_record`.
@@ -72,7 +73,7 @@ async def handle(requested: TrainingRequested, *, ports: Ports) -> None:
 
 
 async def accept(request: TrainingRequest, *, asked_at: datetime, ports: Ports) -> None:
-    """Store what is asked for. Raises `Unprocessable` where the id is another request's."""
+    """Store the request. Raises `Unprocessable` if its id is that of another request."""
     options = StoredOptions(request=request, settings=ports.settings.model_dump(mode="json"), time=asked_at)
     stored = await store_once(TrainingKeys(request.request_id).options, options, objects=ports.objects)
     if stored.request != request:
@@ -86,9 +87,9 @@ async def under_lease(
     asked_at: datetime,
     ports: Ports,
 ) -> StoredCompletion | Result | None:
-    """Return the end of the training; where there is none yet, do some work of it while holding its lease.
+    """Return the end of the training; if it has not ended, do some work of it while holding its lease.
 
-    None where it cannot work: that is stored and announced. Raises as `once`.
+    Returns None if the training cannot work, which is stored and announced. Raises as `once`.
     """
     keys = TrainingKeys(request.request_id)
 
@@ -122,14 +123,14 @@ async def under_lease(
 
 
 async def announce_completion(completion: StoredCompletion, *, ports: Ports) -> None:
-    """Tell of the end of a training; told again, it is the same event."""
+    """Announce the end of a training; a second announcement is the same event."""
     told = completion.told
     log.info("training.completed", request_id=told.request_id, approved=told.approved, rounds=told.rounds)
     await ports.publish(TrainingCompleted.of(told.request_id, told, time=completion.time))
 
 
 async def _train(run: Run) -> StoredCompletion:
-    """Do what is left to do. Raises `CannotTrain`."""
+    """Do the rest of a training, from where its records end. Raises `CannotTrain`."""
     # Load.
     await first_config(run)
     async with loaded(run.request, run.keys.manifest, run.ports.settings, objects=run.ports.objects) as images:

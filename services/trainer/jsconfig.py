@@ -31,7 +31,7 @@ def read_config(text: str) -> dict[str, Value]:
     A number written like an integer (`32`, `0x20`) is an int, any other (`2e-4`, `3.0`) a float.
 
     Raises:
-        InvalidConfig: no module that exports one object of literals; the text names the line or the property.
+        InvalidConfig: the file does not export one object of literals; the text names the line or the property.
     """
     return {name: _value(name, node) for name, node in _properties(text.encode())}
 
@@ -40,8 +40,8 @@ def modify_config(text: str, changes: Mapping[str, Value]) -> str:
     """Return `text` with the values of some properties replaced.
 
     Raises:
-        UnknownParameter: a property that is not in the file, by name.
-        InvalidConfig: as `read_config`; or a value that is no literal.
+        UnknownParameter: a property is not in the file; the text names it.
+        InvalidConfig: as `read_config`; or a new value cannot be written as a literal.
     """
     source = text.encode()
     places = dict(_properties(source))
@@ -118,7 +118,7 @@ def _properties(source: bytes) -> Iterator[tuple[str, Node]]:
 
 
 def _first_error(node: Node) -> Node:
-    """Return the innermost first node with an error, whose line is worth telling."""
+    """Return the innermost first node with an error: its line is the one to name."""
     for child in node.children:
         if child.has_error or child.is_missing:
             return _first_error(child)

@@ -1,4 +1,4 @@
-"""How far the round that runs is: `progress.json`, for people who watch. Nothing else reads it."""
+"""How far the current round has come: `progress.json`, for people who watch. Nothing else reads it."""
 
 import asyncio
 import contextlib
@@ -15,9 +15,9 @@ from shared.idempotency import store
 
 @asynccontextmanager
 async def shown(run: Run, plan: StoredPlan) -> AsyncIterator[Callable[[News], None]]:
-    """Give the block what is to hear of the losses; the last that it heard is stored while the block runs.
+    """Yield a function that takes the training process's news; the newest losses are stored while the block runs.
 
-    The training process tells every few seconds, and so often at most is it written.
+    The training process reports every few seconds, so the record is written no more often than that.
     """
     config = checked_config(plan.config)
     news: asyncio.Queue[Losses] = asyncio.Queue()
@@ -28,16 +28,16 @@ async def shown(run: Run, plan: StoredPlan) -> AsyncIterator[Callable[[News], No
 
     async def keep() -> None:
         while True:
-            told = await news.get()
+            losses = await news.get()
             while not news.empty():
-                told = news.get_nowait()
+                losses = news.get_nowait()
             progress = StoredProgress(
                 round=plan.round,
-                step=told.step - plan.until + config.steps,
+                step=losses.step - plan.until + config.steps,
                 of_steps=config.steps,
-                images_seen=told.step * config.batch_size,
-                generator_loss=told.generator_loss,
-                discriminator_loss=told.discriminator_loss,
+                images_seen=losses.step * config.batch_size,
+                generator_loss=losses.generator_loss,
+                discriminator_loss=losses.discriminator_loss,
                 time=run.ports.clock(),
             )
             with contextlib.suppress(Unavailable):

@@ -1,6 +1,6 @@
-"""What the service and the process that computes say to each other: `run.Run` asks, `worker` answers.
+"""The messages between the service and the process that computes: `run.Run` asks, `worker` answers.
 
-Files come and go by path. Each request is told by its `do`, and names its reply.
+Files are passed by path. The field `do` tells the requests apart, and each request names its type of reply.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,18 @@ from shared.messages import Evaluation
 
 @dataclass(frozen=True, slots=True)
 class Images(Message):
-    """Arrays, `.npy` files of (n, H, W) float32 in [-1, 1], and where there are classes the one of each array."""
+    """Arrays, `.npy` files of (n, H, W) float32 in [-1, 1], and the class of each array if there are classes."""
 
     train: Sequence[str]
-    """To learn from."""
+    """Paths of the arrays to train on."""
     held_out: Sequence[str]
-    """Of other patients, to be judged by."""
+    """Paths of the arrays to evaluate with, of other patients."""
     classes: Sequence[str] = ()
-    """Their names."""
+    """Names of the classes; empty if there are none."""
     train_labels: Sequence[int] | None = None
-    """Places in `classes`."""
+    """The class of each array of `train`, as its place in `classes`."""
     held_out_labels: Sequence[int] | None = None
+    """The class of each array of `held_out`, as its place in `classes`."""
 
 
 # Train.
@@ -34,7 +35,7 @@ class Images(Message):
 
 @dataclass(frozen=True, slots=True)
 class Losses(Message):
-    """How the training goes: means since the last report, see `services.trainer.gan.training.Progress`."""
+    """A report of a training: means since the last one, see `services.trainer.gan.training.Progress`."""
 
     step: int
     generator_loss: float
@@ -47,21 +48,21 @@ class Losses(Message):
 
 @dataclass(frozen=True, slots=True)
 class Saved(Message):
-    """There is a checkpoint of the middle of a round."""
+    """A checkpoint was saved in the middle of a round."""
 
     checkpoint: str
-    """Its path."""
+    """The path of the checkpoint."""
     step: int
     kind: Literal["saved"] = "saved"
 
 
 News = Losses | Saved
-"""What a training tells on its way."""
+"""The messages that a training sends on its way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trained(Message):
-    """The round is trained, and `checkpoint.pt` there."""
+    """The round is trained, and `checkpoint.pt` is written."""
 
     step: int
     margin: float
@@ -81,7 +82,7 @@ class Paused(Message):
 
 @dataclass(frozen=True, slots=True)
 class Diverged(Message):
-    """The losses are no numbers any more, or hopeless."""
+    """A loss is hopelessly large, or no longer a finite number."""
 
     outcome: Literal["diverged"] = "diverged"
 
@@ -92,38 +93,40 @@ OUTCOMES: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a round is called where jobs train it."""
+    """The names of a round that SageMaker jobs train."""
 
     folder: str
-    """`models/<request id>`."""
+    """The training's folder in the bucket, `models/<request id>`."""
     name: str
+    """The round and the try, `<round>-<try>`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Train(Request[Outcome]):
     """Train one round, from its start or from the middle.
 
-    Refused with `batch_not_divisible` where several processes cannot have equal shares of a batch.
+    Refused with `batch_not_divisible` if several processes cannot have equal shares of a batch.
     """
 
     images: Images
     config: str
     """Path of config.js."""
     checkpoint: str | None
-    """Where to go on: the end of another round, or the middle of this one; None starts anew."""
+    """Path of the checkpoint to go on from: the end of another round, or the middle of this one; None starts anew."""
     until: int
     """The step at which the round ends, counted from the model's first."""
     out: str
     """The folder that receives `checkpoint.pt`, and `partial.<step>.pt` in the middle."""
     checkpoint_s: float
-    """Seconds of work from one of those to the next."""
+    """Seconds of work from one checkpoint in the middle to the next."""
     stop: str
-    """A path; when there is a file, the training is saved and given up."""
+    """A path; once a file is there, the training is saved and ends."""
     device: str
     """auto, cpu or cuda."""
     threads: int
-    """Of torch; 0 for its own choice."""
+    """Threads that torch computes with; 0 leaves the number to torch."""
     job: Job | None = None
+    """The names for SageMaker jobs; None trains on this machine."""
     do: Literal["train"] = "train"
     news = Annotated[News, Discriminator("kind")]
 
@@ -142,9 +145,10 @@ class Extractor(Message):
 
 @dataclass(frozen=True, slots=True)
 class Evaluated(Message):
-    """A round's evaluation; None where the generated images are no finite numbers."""
+    """The evaluation of a round."""
 
     evaluation: Evaluation | None
+    """The numbers; None if generated images hold values that are not finite."""
     n_features: int
     """Dimensions of the space where distances were taken."""
     seconds: float
@@ -158,13 +162,13 @@ class Evaluate(Request[Evaluated]):
     config: str
     """Path of config.js."""
     checkpoint: str
-    """Of the round's end."""
+    """Path of the checkpoint of the round's end."""
     out: str
     """The folder that receives `images.png`."""
     device: str
     threads: int
     extractor: Extractor | None = None
-    """None takes `randconv-v1`."""
+    """The network to compare images by; None takes `randconv-v1`."""
     do: Literal["evaluate"] = "evaluate"
 
 
@@ -173,9 +177,10 @@ class Evaluate(Request[Evaluated]):
 
 @dataclass(frozen=True, slots=True)
 class Generated(Message):
-    """So many images are there."""
+    """Some images are generated."""
 
     generated: int
+    """How many images there are so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +189,7 @@ class Products(Message):
 
     files: Sequence[str]
     sha256: str
-    """Of the weights."""
+    """The hash of `generator.pt`, the weights."""
     images_seen: int
     seed: int
 

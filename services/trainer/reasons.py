@@ -1,4 +1,4 @@
-"""Why a training cannot work, and what to do."""
+"""Why a training cannot work, and what to do about it."""
 
 REASONS = {
     # Of the data.
@@ -32,14 +32,14 @@ REASONS = {
     "crashed": "The process that trained died several times, perhaps for memory. The trainer's log says where.",
     "raised": "The process that trained failed several times. The trainer's log names the place; report it.",
 }
-"""By the code of `training.failed`. `{…}` are the numbers that come with it."""
+"""The explanation of each reason code of `training.failed`; `{…}` stand for the numbers that come with the code."""
 
 METRICS = {"relative_fd": "relative distance", "distance": "distance", "kid": "KID"}
-"""What approves a model, as people call it."""
+"""The names, for people, of the metrics that can approve a model."""
 
 
 class CannotTrain(Exception):  # noqa: N818 - it states an outcome
-    """The training cannot work as asked. This is an outcome, stored and announced, no error of the message."""
+    """The training cannot work as asked. This is an outcome, stored and announced, and not an error of the message."""
 
     def __init__(self, reason_code: str, **numbers: int) -> None:
         """State the reason, and numbers that explain it."""
@@ -49,7 +49,7 @@ class CannotTrain(Exception):  # noqa: N818 - it states an outcome
 
 
 def explained(reason_code: str, numbers: dict[str, int]) -> str:
-    """Return the reason in words; the code itself where it is not known, or came from another version."""
+    """Return the reason in words; the code itself if this version does not know it, or its numbers are other ones."""
     try:
         return REASONS.get(reason_code, reason_code).format(**numbers)
     except KeyError:

@@ -1,6 +1,7 @@
-"""A round: modify, train, evaluate. Each is a function over what is stored, and goes on where the last worker ended.
+"""A round: modify, train, evaluate. Each is a function over stored records, and goes on where the last worker ended.
 
-A round that diverges is tried again: its plan, its checkpoints and what was trained carry the number of the try.
+A round that diverges is tried again: its plan, its checkpoints and the record of what was trained carry the number of
+the try.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ log = get_logger()
 async def first_config(run: Run) -> str:
     """Return the config to start with: the one beside the model or the default, with the request's overrides.
 
-    It is kept, since config.js changes with each round.
+    It is stored under a key of its own, because config.js changes with each round.
 
     Raises:
         CannotTrain: `unknown_parameter`, `invalid_parameter`.
@@ -54,18 +55,21 @@ async def first_config(run: Run) -> str:
 
 
 async def modify(run: Run) -> StoredPlan | None:
-    """Decide what the next round is to do, and store it; None where the rounds have come to their end.
+    """Decide what the next round is to do, and store the plan; None if no further round is needed.
 
-    Afterwards config.js holds its parameters.
+    Afterwards config.js holds the parameters of that round.
 
     Raises:
-        CannotTrain: the round was tried often enough; a parameter of the start is wrong; `search_not_installed`.
+        CannotTrain: the round was tried too often; a parameter of the start is wrong; `search_not_installed`.
     """
+    # Observe.
     rounds, objects = await run.rounds(), run.ports.objects
     last = rounds[-1] if rounds else None
     text = (await objects.get(last.told.config_key)).decode() if last else await first_config(run)
     state = await run.state(len(rounds) + 1)
     observed = list(map(policy.Observation.of, rounds))
+
+    # Decide.
     decide = optuna_search.decide if run.request.strategy == "optuna" else policy.decide
     situation = policy.Situation(read_config(text), observed, policy.Goal.of(run.request), state.divergences)
     try:
@@ -74,6 +78,8 @@ async def modify(run: Run) -> StoredPlan | None:
         raise CannotTrain("search_not_installed") from None
     if decision.next == "generate":
         return None
+
+    # Store.
     text = modify_config(text, decision.changes)
     before = rounds[decision.continue_from - 1].step if decision.continue_from else 0
     plan = StoredPlan(
@@ -91,7 +97,7 @@ async def modify(run: Run) -> StoredPlan | None:
 
 
 async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | None:
-    """Train as planned, from the last checkpoint; None where the losses diverged, which is counted.
+    """Train as planned, from the last checkpoint; None if the losses diverged, which is counted.
 
     Args:
         run: the training.
@@ -101,7 +107,7 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
     Raises:
         Continue: this worker is to stop, or its message ends soon; all is stored.
         Unavailable: the training process failed.
-        CannotTrain: it did so too often without coming further, or the losses diverged too often.
+        CannotTrain: the process failed too often without coming further, or the losses diverged too often.
     """
     ports, keys = run.ports, run.keys.round(plan.round)
     trained = await trained_of(run, plan)
@@ -170,12 +176,12 @@ async def train(run: Run, plan: StoredPlan, images: Json) -> StoredTrained | Non
 
 
 async def trained_of(run: Run, plan: StoredPlan) -> StoredTrained | None:
-    """Return what was trained as planned, if it was."""
+    """Return the record of the training that the plan asks for; None if it is not trained yet."""
     return await stored(run.keys.round(plan.round).trained(plan.number), objects=run.ports.objects)
 
 
 async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: Json) -> StoredRound | None:
-    """Judge what was trained, store it and announce it; None where the images are no numbers, which is a divergence."""
+    """Judge what was trained, store the round and announce it; None if an image is not finite: it diverged."""
     objects, keys, out = run.ports.objects, run.keys.round(plan.round), _work_dir(run, plan)
 
     # Evaluate.
@@ -240,12 +246,12 @@ async def evaluate(run: Run, plan: StoredPlan, trained: StoredTrained, images: J
 
 
 async def announce(run: Run, done: StoredRound) -> None:
-    """Tell of a completed round; told again, it is the same event."""
+    """Announce a completed round; a second announcement is the same event."""
     await run.ports.publish(TrainingRoundCompleted.of(run.request.request_id, done.told, time=done.time))
 
 
 async def _note_divergence(run: Run, plan: StoredPlan) -> None:
-    """Count it: the next plan is for another try. Raises `CannotTrain` where there were enough."""
+    """Count a divergence: the next plan is for another try. Raises `CannotTrain` if there were too many."""
     log.warning("training.diverged", request_id=run.request.request_id, round=plan.round)
     divergences = max((await run.state(plan.round)).divergences, plan.number + 1)
     await run.store_state(StoredState(round=plan.round, divergences=divergences, failed_of="diverged"))

@@ -25,7 +25,7 @@ MAX_ATTEMPTS = 3
 """Times that a round's process may fail without coming further, or that its losses may diverge, before the training is
 given up."""
 HAND_OVER_S = 300.0
-"""Seconds before the end of the message's 12 hours at which a training is stored, to go on in a new message."""
+"""Seconds before the end of the message's 12 hours at which a training is stored; it goes on in a new message."""
 
 Reply = TypeVar("Reply")
 
@@ -33,15 +33,15 @@ log = get_logger()
 
 
 class Worker(Protocol):
-    """What computes; `Child` and `SageMaker` are."""
+    """Carries out the requests of protocol.py; `Child` and `SageMaker` do."""
 
     async def call(self, request: Request[Reply], *, deadline_s: float, on_progress: Progress | None = None) -> Reply:
-        """Do what services/trainer/worker.py does. Raises as `Child.call`."""
+        """Carry out a request as services/trainer/worker.py does. Raises as `Child.call`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """What the journey needs of the world."""
+    """The connections to the outside that a training needs."""
 
     objects: ObjectStore
     publish: Publish
@@ -62,7 +62,7 @@ class Run:
     request: TrainingRequest
     keys: TrainingKeys
     epoch: int
-    """Of the lease: what this worker stores under names that carry it is its own."""
+    """The epoch of the lease: objects whose names carry it were stored by this worker alone."""
     ports: Ports
     work_dir: Path
 
@@ -74,14 +74,14 @@ class Run:
         return rounds
 
     async def state(self, number: int) -> StoredState:
-        """Return how often round `number` was tried. Raises `CannotTrain` where that was often enough."""
+        """Return how often round `number` was tried. Raises `CannotTrain` if it was tried too often."""
         state = await stored(self.keys.state, objects=self.ports.objects)
         if state is None or state.round != number:  # what is stored of another round no longer counts
             state = StoredState(round=number)
         return _checked(state)
 
     async def store_state(self, state: StoredState) -> None:
-        """Store it. Raises `CannotTrain` where that was often enough, with the same reason at each delivery."""
+        """Store how often a round was tried. Raises `CannotTrain` if too often, with the same reason each time."""
         await store(self.keys.state, state, objects=self.ports.objects)
         _checked(state)
 
@@ -92,10 +92,10 @@ class Run:
 
     @contextlib.asynccontextmanager
     async def attempt(self, number: int, reached: Callable[[], int]) -> AsyncIterator[None]:
-        """Count what the training process fails of meanwhile; it is tried again with the next delivery.
+        """Count a failure of the training process in the block; the next delivery tries again.
 
-        `reached` tells the step of the last checkpoint. An attempt that came further than the one before it is the
-        first again: a training may outlive any number of machines.
+        `reached` returns the step of the last checkpoint. An attempt that came further than the one before it
+        counts as the first again: a training may outlive any number of machines.
         """
         state = await self.state(number)
         try:
@@ -119,7 +119,7 @@ class Run:
             raise Unavailable(f"the training process failed: {failed.reason_code}") from None
 
     async def call(self, number: int, asked: Request[Reply], told: Progress = lambda _: None) -> Reply:
-        """Have the training process do one thing; `told` hears what it tells on the way.
+        """Have the training process do one thing; `told` receives its messages on the way.
 
         Raises:
             ChildFailed: no reply came.
@@ -142,7 +142,7 @@ class Run:
 
     @contextlib.asynccontextmanager
     async def touched_at_the_end(self, path: Path) -> AsyncIterator[None]:
-        """Make a file when this worker is to stop meanwhile, or when its message ends soon."""
+        """While the block runs, make a file as soon as this worker is to stop, or its message ends soon."""
         watching = asyncio.create_task(self._touch(path))
         try:
             yield

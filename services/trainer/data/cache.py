@@ -1,8 +1,9 @@
-"""Copies of datasets on this machine, kept from one training to the next.
+"""The cache of datasets on this machine, kept from one training to the next.
 
-Each has a folder, named by a hash of what it holds. Who uses one holds the shared lock of its folder; the kernel gives
-it back however the process ends. What nobody uses is removed, oldest first, while all copies together are too large.
-Folders are entered and removed under the lock of the folder around them, so none vanishes while somebody enters it.
+Each dataset has a folder in the cache, named by a hash of its content. A process that uses a folder holds its shared
+lock, which the kernel releases however the process ends. While the cache is too large, folders that are not in use are
+removed, oldest first. Folders are entered and removed under the lock of the cache itself, so a folder cannot vanish
+while a process enters it.
 """
 
 import asyncio
@@ -20,13 +21,13 @@ from shared.errors import Unavailable
 from shared.workfolder import locked
 
 NAME = re.compile(r"[0-9a-f]{64}")
-"""The pattern of a cache folder's name: whatever else lies beside these folders is left alone."""
+"""The pattern of the names of folders in the cache; other files and folders there are left alone."""
 PART = ".part"
 """Suffix of a file that is being fetched."""
 
 
 def prepare(cache: Path) -> None:
-    """Try the folder of all copies before work begins. Raises `Misconfigured` where files cannot be written there."""
+    """Try the cache before work begins. Raises `Misconfigured` if files cannot be written there."""
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
@@ -38,10 +39,10 @@ def prepare(cache: Path) -> None:
 
 @asynccontextmanager
 async def kept_copies(cache: Path, name: str, *, limit_bytes: int) -> AsyncIterator[Path]:
-    """Give the folder `cache/name`, with what earlier uses left there, and let nobody remove it meanwhile.
+    """Yield the folder `cache/name`, with what earlier uses left there; it is not removed while the block runs.
 
     Raises:
-        Unavailable: this machine has no place for it.
+        Unavailable: the folder cannot be made on this machine.
     """
     with ExitStack() as held:
         try:
@@ -62,7 +63,7 @@ def _entered(cache: Path, name: str) -> Iterator[Path]:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)  # images of patients
         with locked(cache):
             folder.mkdir(exist_ok=True)
-            with suppress(BlockingIOError), locked(folder, wait=False):  # nobody fetches here: these are left over
+            with suppress(BlockingIOError), locked(folder, wait=False):  # the folder is not in use: these are left over
                 for part in folder.glob(f"*{PART}"):
                     part.unlink()
             held.enter_context(locked(folder, shared=True))

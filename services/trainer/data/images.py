@@ -14,9 +14,9 @@ from services.trainer.data.manifest import opened
 from shared.errors import Unprocessable
 
 AIR = -1.0
-"""What a slice that is not square is padded with."""
+"""The brightness that pads a slice that is not square."""
 AT_ONCE = 32
-"""Slices that are scaled at the same time: what is held beside the result stays small, however large an array is."""
+"""Slices that are scaled at the same time: little memory is needed beside the result, however large an array is."""
 
 
 def load_images(paths: Sequence[str], size: int, labels: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
@@ -24,7 +24,7 @@ def load_images(paths: Sequence[str], size: int, labels: Sequence[int] | None = 
 
     A slice that is not square is padded with air; a larger one is scaled down with antialiasing, without which the
     generator would learn the moiré, and the distance would measure it. Arrays are mapped into memory and not read as a
-    whole, so that hardly more is held than what is returned.
+    whole, so that little memory is needed beside the result.
 
     Args:
         paths: `.npy` files.
@@ -35,7 +35,7 @@ def load_images(paths: Sequence[str], size: int, labels: Sequence[int] | None = 
         The images, and (N,) int64, the class of each; None without `labels`.
 
     Raises:
-        Unprocessable: `images_too_small`, where a slice would have to be scaled up; `invalid_array`.
+        Unprocessable: `images_too_small`, a slice would have to be scaled up; `invalid_array`.
     """
     counts = [len(_opened(path)) for path in paths]
     images = torch.empty((sum(counts), 1, size, size))

@@ -1,10 +1,10 @@
-"""The images of a training: which arrays, how they are split, and local copies of them.
+"""The images of a training: which arrays, how they are split, and the cache of them.
 
-Theory of operation. A listing says which arrays there are, in which version; its hash names the folder of their copies.
-The arrays are fetched there, several at once, and hashed as they come; then they are split. What came of it is the
-manifest. It is stored beside the model, so that a training that goes on sees the data it began with, wherever it does;
-and beside the copies, so that another training of the same listing fetches nothing. A copy is used only if it has the
-hash that the manifest says, whatever happened to it since; otherwise it is fetched again.
+Theory of operation. A listing says which arrays there are, in which version; its hash names their folder in the cache.
+The arrays are fetched there, several at once, and hashed as they come; then they are split. The manifest records the
+arrays and their split. It is stored beside the model, so that a training that goes on, on any machine, sees the data it
+began with; and in the cache, so that another training of the same listing fetches nothing. A cached array is used only
+if it has the hash that the manifest names; otherwise it is fetched again.
 """
 
 import asyncio
@@ -47,9 +47,9 @@ from shared.workfolder import sha256_of_file
 DOWNLOADS = 8
 """Arrays, or sidecars, that are fetched at the same time."""
 MANIFEST = "manifest.json"
-"""Beside the copies."""
+"""The name of the manifest's file in the cache."""
 METHOD = 1
-"""Raised when the same listing comes to another manifest."""
+"""The version of the code below: it is raised when the same listing leads to another manifest."""
 
 log = get_logger()
 
@@ -58,19 +58,20 @@ log = get_logger()
 async def loaded(
     request: TrainingRequest, document: Document[Manifest], settings: TrainerSettings, *, objects: ObjectStore
 ) -> AsyncIterator[Json]:
-    """Fetch the images of a training, and keep the copies for as long as the block runs.
+    """Fetch the images of a training into the cache, and keep them there while the block runs.
 
-    Afterwards `document`, their manifest, is stored. May run twice, also at the same time on one machine.
+    Afterwards `document`, their manifest, is stored. This may run twice, also at the same time on one machine.
 
     Yields:
-        What the training process is told of them: the lists `train` and `held_out` of paths. Where there are classes,
-        also their names, `classes`, and the class of each array by its place there, `train_labels` and
+        The fields of `protocol.Images`: the lists `train` and `held_out` of paths. If there are classes, also their
+        names, `classes`, and the class of each array by its place there, `train_labels` and
         `held_out_labels`.
 
     Raises:
-        CannotTrain: a code of `reasons.REASONS`.
-        Unavailable: what the arrays are read from does not answer.
+        CannotTrain: with a code of `reasons.REASONS`.
+        Unavailable: the source of the arrays does not answer.
     """
+    # List.
     source, prefix = await source_of(request, settings, objects=objects)
     begun_with = await stored(document, objects=objects)
     listed: list[_Listed] = []
@@ -81,6 +82,7 @@ async def loaded(
         told = begun_with.model_dump(mode="json", exclude={"schema_version"})  # that of the first trainers had none
         listing_hash = begun_with.listing_hash or _hash_of(told)
 
+    # Fetch and split.
     async with kept_copies(settings.copies, listing_hash, limit_bytes=settings.cache_bytes) as copies:
         manifest = begun_with or _kept(copies)
         if manifest is None:
@@ -91,6 +93,8 @@ async def loaded(
             _keep(manifest, copies)
         else:
             await _fetched(manifest.arrays, copies, source)
+
+        # Check, then store.
         if begun_with is None:
             _check(manifest, settings.min_images)
             if await store_once(document, manifest, objects=objects) != manifest:
@@ -102,7 +106,7 @@ async def loaded(
 
 
 _Listed = tuple[str, str, str, str | None]
-"""Of an array: its key, its version, its sidecar's version, and the class that the request names for its folder."""
+"""An array: its key, its version, its sidecar's version, and the class that the request names for its folder."""
 
 
 async def _listing(request: TrainingRequest, source: Source, prefix: str) -> list[_Listed]:
@@ -130,19 +134,19 @@ def _hash_of(told: object) -> str:
 
 
 async def _described(listed: Sequence[_Listed], source: Source) -> list[Array]:
-    """Read the sidecars."""
+    """Read the sidecars; returns what they say of their arrays."""
 
     async def read(key: str, etag: str, class_name: str | None) -> Array:
-        told = Sidecar.model_validate_json(await source.get(sidecar(key).key))
-        series = told.series_uid or series_of(key)
+        described = Sidecar.model_validate_json(await source.get(sidecar(key).key))
+        series = described.series_uid or series_of(key)
         return Array(
             key=key,
             etag=etag,
             series_uid=series,
-            group=told.patient_key or series,
-            class_name=class_name or told.class_name,
-            modality=told.modality,
-            window=told.window,
+            group=described.patient_key or series,
+            class_name=class_name or described.class_name,
+            modality=described.modality,
+            window=described.window,
         )
 
     try:
@@ -153,13 +157,13 @@ async def _described(listed: Sequence[_Listed], source: Source) -> list[Array]:
         raise CannotTrain("array_gone") from None
 
 
-# Copies.
+# The cache.
 
 
 async def _fetched(arrays: Sequence[Array], copies: Path, source: Source) -> list[Array]:
-    """Fetch the arrays of which there is no good copy; returns them with their hashes.
+    """Fetch the arrays that the cache does not hold, or holds damaged; returns all with their hashes.
 
-    An array takes its place when it is whole: another process that fetches it at the same time does no harm.
+    An array gets its final name once it is whole, so another process may fetch it at the same time.
     """
     n_fetched = 0
 
@@ -191,7 +195,7 @@ def _copy_of(array: Array, copies: Path) -> Path:
 
 
 def _kept(copies: Path) -> Manifest | None:
-    """Return the manifest that an earlier training left beside the copies."""
+    """Return the manifest that an earlier training left in the cache; None if there is none that can be read."""
     with contextlib.suppress(FileNotFoundError, ValidationError):
         return Manifest.model_validate_json((copies / MANIFEST).read_bytes())
     return None
@@ -207,7 +211,7 @@ def _keep(manifest: Manifest, copies: Path) -> None:
 
 
 def _divided(request: TrainingRequest, arrays: Sequence[Array], copies: Path) -> Manifest:
-    """Split the arrays, once they are there."""
+    """Split the arrays, which are in the cache."""
     n_without = sum(array.class_name is None for array in arrays)
     if 0 < n_without < len(arrays):
         raise CannotTrain("class_missing", n_without=n_without, n_arrays=len(arrays))
@@ -227,7 +231,7 @@ def _divided(request: TrainingRequest, arrays: Sequence[Array], copies: Path) ->
 
 
 def _check(manifest: Manifest, min_images: int) -> None:
-    """Raise `CannotTrain` where there is too little, of all or of a class, to learn from and to judge by."""
+    """Raise `CannotTrain` if there are too few images, or too few of a class, to train on and to evaluate with."""
     n_training, n_held_out = manifest.n_images(held_out=False), manifest.n_images(held_out=True)
     if min(n_training, n_held_out) < min_images:
         n_patients = len({array.group for array in manifest.arrays})

@@ -19,10 +19,10 @@ from shared.keys import ARRAY_SUFFIX
 HELD_OUT = 0.25
 """Share of the patients that is kept out of the training, at least one."""
 DRAWS = 100
-"""Splits that are compared."""
+"""Number of splits that are compared."""
 GRID = 4
 ROUNDING = 1e-3
-"""By which values may lie outside -1 and 1."""
+"""How far values may lie outside -1 to 1, because of rounding."""
 OF_INGEST = re.compile(r"(?P<series>.+)\.[0-9a-f]{16,64}\.[0-9a-f]+\.npy")
 """The name of an array that ingest made: series UID, digest of the revision, hash of how it was made."""
 
@@ -30,7 +30,7 @@ Vector = npt.NDArray[np.float64]
 
 
 class NotNormalised(ValueError):  # noqa: N818 - it states a fact
-    """The values of an array are no brightnesses in [-1, 1]."""
+    """The values of an array are not brightnesses in [-1, 1]."""
 
 
 def newest_revisions(keys: Mapping[str, datetime]) -> list[str]:
@@ -55,12 +55,13 @@ def series_of(key: str) -> str:
 def split(dataset: str, arrays: Iterable[Array], summaries: Mapping[str, Vector]) -> Manifest:
     """Keep a quarter of the patients for the evaluation, all of a patient's slices on one side.
 
-    Of some splits, drawn by a hash of the patients' keys, the one is taken whose sides are most alike. Patients differ,
-    and with few of them a blind draw can keep back the odd ones: their distance to the others would then hide how far
-    the generated images are from anything.
+    Some splits are drawn by a hash of the patients' keys, and the one whose sides are most alike is taken. Patients
+    differ, and with few of them a blind draw can keep back the odd ones: their distance to the others would then hide
+    how far the generated images are from real ones.
 
     Of each class a quarter of its patients is kept back, at least one, so a class of two patients or more is on both
-    sides. Where a patient has images of several classes, that is tried first.
+    sides. If patients have images of several classes, splits for which this holds are
+    preferred.
 
     Args:
         dataset: its name, a part of what is hashed.
@@ -121,8 +122,8 @@ def summary_of(slices: npt.NDArray[np.floating]) -> Vector:
     """Return what `split` compares: mean and spread over the slices (n, H, W) of each cell of a 4x4 grid.
 
     Raises:
-        NotNormalised: they are not in [-1, 1].
-        ValueError: they are too small, or not finite.
+        NotNormalised: values are not in [-1, 1].
+        ValueError: the slices are too small, or values are not finite.
     """
     if min(slices.shape[1:]) < GRID:
         raise ValueError("not an array of slices")

@@ -1,8 +1,9 @@
 """Where the arrays of a dataset lie: in the bucket, in another one, or at an address that fsspec reads.
 
-A request names the address, so whoever may send one chooses what is read here. Nothing is read that does not begin with
-one of RADQUEUE_DATA_URIS; by default these are stores of objects, where the trainer's role decides. No local file is
-among them, and an https:// address neither: it may be one of the internal network, which trusts this machine.
+A request names the address, so anyone who may send a request chooses what is read here. Only addresses that begin with
+one of RADQUEUE_DATA_URIS are read. By default these are object stores, where the trainer's role decides what it may
+read. Local files are not among them, and https:// addresses are not either: one may lie in the internal network, which
+trusts this machine.
 
 Settings: RADQUEUE_DATA_URIS. IAM: s3:GetObject and s3:ListBucket on what they name.
 """
@@ -29,7 +30,7 @@ CHAINED = "::"
 """fsspec would read `a::b://c` through another file system, a local one for instance."""
 UNREADABLE = {Kind.MISSING, Kind.DENIED, Kind.MISCONFIGURED}
 VERSIONS = {"etag", "md5Hash", "generation", "mtime", "last_modified", "created", "ETag", "Last-Modified"}
-"""What file systems call that by which versions of a file are told apart."""
+"""The names under which file systems give what tells versions of a file apart."""
 TIMES = ("mtime", "last_modified", "created")
 
 Arguments = ParamSpec("Arguments")
@@ -37,7 +38,7 @@ Result = TypeVar("Result")
 
 
 class Source(Protocol):
-    """What arrays are read from; `ObjectStore` is one."""
+    """A place that arrays are read from; `ObjectStore` is one."""
 
     def list(self, prefix: str) -> AsyncIterator[ObjectSummary]:
         """Yield every object whose key starts with `prefix`."""
@@ -50,11 +51,11 @@ class Source(Protocol):
 
 
 async def source_of(request: TrainingRequest, settings: TrainerSettings, *, objects: ObjectStore) -> tuple[Source, str]:
-    """Return what the request's arrays are read from, and the prefix below which its classes' folders lie.
+    """Return the source of the request's arrays, and the prefix below which its classes' folders lie.
 
     Raises:
         CannotTrain: `data_uri_not_allowed`, `data_uri_not_installed`, `data_uri_unreadable`.
-        Unavailable: it does not answer.
+        Unavailable: the source does not answer.
     """
     uri = request.data_uri
     if uri is None:
@@ -84,14 +85,14 @@ async def _bucket(bucket: str, *, objects: ObjectStore) -> ObjectStore:
 
 
 class Files:
-    """Reads what an fsspec file system holds, in threads."""
+    """Reads the files of an fsspec file system, in threads."""
 
     def __init__(self, files: Any) -> None:
         """Take an `fsspec.AbstractFileSystem`."""
         self._files = files
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectSummary]:
-        """Yield every file below `prefix`; none where it is missing."""
+        """Yield every file below `prefix`; none if it is missing."""
         try:
             self._files.invalidate_cache()  # of listings: fsspec keeps them for as long as the process lives
             await self._do(self._files.ls, prefix, detail=False)  # raises where nothing answers; `find` passes over it
@@ -99,9 +100,9 @@ class Files:
         except ObjectMissing:
             return
         for key, listed in found.items():
-            told = listed if VERSIONS & listed.keys() else await self._do(self._files.info, key)
-            version = hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()
-            yield ObjectSummary(key, told.get("size") or 0, _time_of(told), version)
+            details = listed if VERSIONS & listed.keys() else await self._do(self._files.info, key)
+            version = hashlib.sha256(repr(sorted(details.items())).encode()).hexdigest()
+            yield ObjectSummary(key, details.get("size") or 0, _time_of(details), version)
 
     async def get(self, key: str) -> bytes:
         """Return the whole file. Raises `ObjectMissing`."""
@@ -109,7 +110,7 @@ class Files:
         return body
 
     async def download(self, key: str, path: Path) -> None:
-        """Copy it into the file `path`. Raises `ObjectMissing`."""
+        """Copy the file `key` into the file `path`. Raises `ObjectMissing`."""
         await self._do(self._files.get_file, key, str(path))
 
     async def _do(self, call: Callable[Arguments, Result], *args: Arguments.args, **named: Arguments.kwargs) -> Result:
@@ -123,7 +124,7 @@ class Files:
             raise Unavailable(f"data_uri: {type(error).__name__}") from None
 
 
-def _time_of(told: dict[str, Any]) -> datetime:
+def _time_of(details: dict[str, Any]) -> datetime:
     """Return when a file was written, as far as its file system says; it decides between revisions of a series."""
-    times = (told.get(name) for name in TIMES)
+    times = (details.get(name) for name in TIMES)
     return next((time for time in times if isinstance(time, datetime)), datetime.min.replace(tzinfo=UTC))
