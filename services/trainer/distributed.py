@@ -1,17 +1,17 @@
 """Several processes that train together, one per GPU: `python -m services.trainer.distributed N`.
 
 Theory of operation. This starts torchrun, which starts services/trainer/worker.py N times. All have the same weights
-and draw the same; each computes the gradients of its share of the batch. Before an optimiser moves the weights these
-are averaged over the processes, with one all-reduce of one flat tensor; what else a step leaves behind is averaged at
-its end, or follows from what is the same everywhere. So the processes stay equal, bit for bit, and the checkpoint of
-the first is everybody's. Only BatchNorm sees that the batch is shared out: it normalises over the share, and its
-running statistics are the mean of the processes'.
+and draw the same; each computes the gradients of its share of the batch. Before an optimiser moves the weights, the
+gradients are averaged over the processes, with one all-reduce of one flat tensor. All other results of a step are
+averaged at its end, or follow from what is the same everywhere. So the processes stay equal, bit for bit, and the
+checkpoint of the first is right for all. Only BatchNorm sees that the batch is shared out: it normalises over the
+share, and its running statistics are the mean of the processes'.
 
-The first process alone hears the service and answers it. A call of `train` it passes on to the others, which do the
-same but save nothing and tell nothing; all other calls it does alone. Where one of them fails nobody knows how far the
+The first process alone reads the service's calls and answers them. It passes a call of `train` on to the others, which
+do the same but save and send nothing; it does all other calls alone. If one process fails, it is unknown how far the
 others are, so all are ended: torchrun sees to that, and the service starts anew.
 
-Without torchrun all of this does nothing: one process has the whole batch.
+Without torchrun the functions here do nothing: one process has the whole batch.
 """
 
 import os
@@ -32,14 +32,14 @@ from shared.child import Json, Message, Progress
 from shared.errors import Unprocessable
 
 PATIENCE = timedelta(days=365)
-"""A process waits for the next call for as long as there is none. One that hangs ends with the service's deadline."""
+"""How long a process waits for the next call: without limit, in effect. The service's deadline ends one that hangs."""
 PORT = 29_500
-"""Where the first of several machines is met; torchrun's own default."""
+"""The port of the first machine, where the others meet it; torchrun's own default."""
 Answer = Callable[[Any, Progress], Message]
 
 
 def is_first() -> bool:
-    """Tell whether this process is the one that saves and tells; true without torchrun."""
+    """Tell whether this process is the one that saves and reports; true without torchrun."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -66,7 +66,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def average_gradients(optimiser: torch.optim.Optimizer, *_: Any) -> None:
-    """Average them before the optimiser's step, as its hook."""
+    """Average the gradients over the processes, as a hook before the optimiser's step."""
     weights = (weight for group in optimiser.param_groups for weight in group["params"])
     average([weight.grad for weight in weights if weight.grad is not None])
 
@@ -74,7 +74,7 @@ def average_gradients(optimiser: torch.optim.Optimizer, *_: Any) -> None:
 def agreed(*, wanted: bool) -> bool:
     """Return what the first process wants, in all of them.
 
-    It goes from processor to processor: a flag among the gradients would make the processor wait for the GPU.
+    The flag is sent between the CPUs: one among the gradients would make the CPU wait for the GPU.
     """
     if not dist.is_initialized():
         return wanted
@@ -117,7 +117,7 @@ def _lead(answer: Answer, request: Any, tell: Progress, together: type) -> Messa
 
 
 def _together(answer: Answer, request: Any, tell: Progress) -> Message:
-    """Answer, and wait until all have: then the service may delete the files that they read."""
+    """Answer, and wait until all processes have: then the service may delete the files that they read."""
     try:
         reply = answer(request, tell)
     except Unprocessable:  # of the data, so each process meets it
@@ -149,7 +149,7 @@ def _passed_on(request: Any) -> Any:
 def main() -> None:
     """Run torchrun: `N [n_machines number first_machine]`.
 
-    N processes are started on each machine; 0 is one per GPU, or one where there is none.
+    N processes are started on each machine; 0 is one per GPU, or one process if there is no GPU.
     """
     from torch.distributed import run  # noqa: PLC0415 - of no use in the processes
 

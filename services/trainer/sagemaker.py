@@ -1,19 +1,20 @@
 """Rounds that are trained by SageMaker training jobs instead of a process on this machine.
 
-Theory of operation. `SageMaker` takes the place of the training process. A call of `train` becomes a job: what it needs
-is put beside the model, the job is created, and followed until it ends; what it saves on its way is told as the process
-would. All other calls are done by the process here. The job runs services/trainer/sagemaker_entry.py.
+Theory of operation. `SageMaker` takes the place of the training process. A call of `train` becomes a job: its input is
+stored beside the model, the job is created, and followed until it ends; its reports and checkpoints are passed on as
+the process would send them. All other calls are done by the process here. The job runs
+services/trainer/sagemaker_entry.py.
 
     models/<request id>/sagemaker/data/<array>               the arrays, once for all rounds
     models/<request id>/sagemaker/<round>-<try>/<job>/       input: images.json, config.js, start.pt
     models/<request id>/sagemaker/<round>-<try>/checkpoints/ what SageMaker copies from the job while it runs
     models/<request id>/sagemaker/<round>-<try>/output/      model.tar.gz, what the job returns
 
-The names of a try's jobs follow from the request and end in a number that counts them: so a worker finds the job that
-another one began, and goes on following it. A worker that stops leaves the job running, for the same reason: a training
-need not pause because the service is updated. A job that failed or was stopped is followed by the next number, which
-goes on from the checkpoints of all before it. A job that nobody takes over ends by itself, at RADQUEUE_ROUND_DEADLINE_S
-at the latest.
+The names of a try's jobs follow from the request and end in a number that counts them. So a worker finds the job that
+another one began, and goes on following it; and a worker that stops leaves the job running: a training need not pause
+because the service is updated. A job that failed or was stopped is followed by the job with the next number, which goes
+on from the checkpoints of all before it. A job that no worker follows any more ends by itself, at
+RADQUEUE_ROUND_DEADLINE_S at the latest.
 
 The container has no network (EnableNetworkIsolation): SageMaker copies its files.
 
@@ -50,17 +51,17 @@ POLL_S = 30.0
 """Seconds from one look at a job to the next; DescribeTrainingJob is throttled per account."""
 STOP_POLL_S = 1.0
 UPLOADS = 8
-"""Arrays that are stored at the same time."""
+"""Number of arrays that are stored at the same time."""
 ENTRY = ["python", "-m", "services.trainer.sagemaker_entry"]
 HYPERPARAMETERS = ("until", "checkpoint_s", "device", "threads")
-"""Of the call. All else is in files: a value has 2,500 characters at most."""
+"""The fields of the call that are hyperparameters. All others are in files: a value has 2,500 characters at most."""
 UNKNOWN = {"ValidationException", "ResourceNotFound"}
-"""What DescribeTrainingJob answers where there is no job of the name."""
+"""The error codes of DescribeTrainingJob for a job that does not exist."""
 TAKEN = "ResourceInUse"
 ENDED = {"Completed", "Failed", "Stopped"}
 PARTIAL = re.compile(r"partial\.([0-9]+)\.pt")
 FAILURE = re.compile(r"radqueue: (out_of_memory|crashed|raised)(?: (\w+))?(?: (\S+:\d+))?")
-"""What services/trainer/sagemaker_entry.py says of a failure: reason, type of the exception, and its place."""
+"""The failure that services/trainer/sagemaker_entry.py writes: reason, type of the exception, and its place."""
 RETURNED = ("reply.json", "checkpoint.pt")
 Reply = TypeVar("Reply")
 
@@ -74,16 +75,16 @@ class Client(Protocol):
         """Start a job."""
 
     async def describe_training_job(self, *, TrainingJobName: str) -> Any:  # noqa: N803 - AWS calls it so
-        """Tell how a job is."""
+        """Return the state of a job."""
 
 
 class SageMaker:
-    """Trains in jobs; does all else in a process of this machine."""
+    """Trains in SageMaker jobs, and does everything else in a process on this machine."""
 
     def __init__(
         self, settings: TrainerSettings, *, client: Client, objects: ObjectStore, local: Child, poll_s: float = POLL_S
     ) -> None:
-        """Take an open client, and what does all but `train`."""
+        """Take an open client, and the process that does all calls but `train`."""
         self._client, self._objects, self._local, self._settings = client, objects, local, settings
         self._poll_s = poll_s
 
@@ -91,8 +92,8 @@ class SageMaker:
         """Do what `Child.call` does. `deadline_s` is the job's own, so that time in its queue does not count.
 
         Raises:
-            ChildFailed: the job failed, or somebody stopped it.
-            Unprocessable: the job says so.
+            ChildFailed: the job failed, or was stopped.
+            Unprocessable: the job refuses the call.
             Unavailable: SageMaker or S3 does not answer, or refuses the job; to be tried again.
         """
         if not isinstance(request, Train) or request.job is None:
@@ -116,27 +117,27 @@ class SageMaker:
         return reply
 
     async def _follow(self, job: str, following: "_Following", *, created: bool) -> Outcome | None:
-        """Return the reply; None where the job had ended without one before this worker looked."""
+        """Return the job's reply; None if the job had ended without one before this worker looked."""
         seen_running = created
         while True:
-            told = await self._described(job)
-            if told is None:
+            described = await self._described(job)
+            if described is None:
                 raise Unavailable("SageMaker: the job is gone")
             await following.pass_on()
-            status = told["TrainingJobStatus"]
+            status = described["TrainingJobStatus"]
             if status == "Completed" and (reply := await following.returned(job)) is not None:
                 return reply
             if status in ENDED:
                 if not seen_running:
                     return None
-                raise _failure_of(told)
+                raise _failure_of(described)
             seen_running = True
             if await self._stopped_meanwhile(following.stop):
                 log.info("training.job_left_running", job=job)
                 return Paused()
 
     async def _stopped_meanwhile(self, stop: Path) -> bool:
-        """Wait until the next look is due; tells at once where the file `stop` is made."""
+        """Wait until the next look is due, or the file `stop` is made; returns whether it is there."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._poll_s):
                 while not stop.exists():  # noqa: ASYNC110 - a file has no event
@@ -146,15 +147,15 @@ class SageMaker:
     async def _described(self, job: str) -> Json | None:
         with answering("SageMaker"):
             try:
-                told: Json = await self._client.describe_training_job(TrainingJobName=job)
+                described: Json = await self._client.describe_training_job(TrainingJobName=job)
             except AWS_ERRORS as error:
                 if code_of(error) in UNKNOWN:
                     return None
                 raise
-        return told
+        return described
 
     async def _create(self, job: str, request: Train, keys: JobKeys, deadline_s: float) -> bool:
-        """Create the job; tells whether it did, and not another worker before it."""
+        """Create the job; returns False if another worker was faster."""
         await self._store_input(request, keys, keys.input(job))
         with answering("SageMaker"):
             try:
@@ -217,23 +218,23 @@ class SageMaker:
 
 @dataclass(slots=True)
 class _Following:
-    """What a try's jobs leave in S3, as far as it was told."""
+    """The reports and checkpoints of a try's jobs in S3, and how far they were passed on."""
 
     objects: ObjectStore
     keys: JobKeys
     request: Train
     tell: Progress
     step: int | None = None
-    """Of the newest checkpoint."""
+    """The step of the newest checkpoint; None before the first look."""
     progress: str = ""
-    """The version of progress.json."""
+    """The version of progress.json that was passed on last."""
 
     @property
     def stop(self) -> Path:
         return Path(self.request.stop)
 
     async def pass_on(self) -> None:
-        """Tell what is new, and delete what is old. Checkpoints of before the first look are no news."""
+        """Pass on new reports, and checkpoints that are new since the first look; delete old checkpoints."""
         partials: dict[int, str] = {}
         async for item in self.objects.list(f"{self.keys.checkpoints}/"):
             name = item.key.rpartition("/")[2]
@@ -252,10 +253,10 @@ class _Following:
             await self.objects.delete(partials[step])
 
     async def returned(self, job: str) -> Outcome | None:
-        """Return the reply of a job that ended well, and put its checkpoint in place; None where it had paused.
+        """Return the reply of a job that ended well, and put its checkpoint in place; None if it had paused.
 
         Raises:
-            Unprocessable: the job says so.
+            Unprocessable: the job refused the call.
         """
         out = Path(self.request.out)
         await self.objects.download(self.keys.returned(job), out / "model.tar.gz")

@@ -1,17 +1,17 @@
-"""What a SageMaker training job runs: `python -m services.trainer.sagemaker_entry`.
+"""The program of a SageMaker training job: `python -m services.trainer.sagemaker_entry`.
 
 SageMaker puts the input into files and copies the output from files (AWS, "How Amazon SageMaker provides training
 information" and "… processes training output"):
 
     /opt/ml/input/config/hyperparameters.json, resourceconfig.json
-    /opt/ml/input/data/job/     images.json, config.js; start.pt where there is one
+    /opt/ml/input/data/job/     images.json, config.js; start.pt if there is one
     /opt/ml/input/data/arrays/  the arrays
     /opt/ml/checkpoints/        copied to S3 while the job runs, and back before one that goes on begins
     /opt/ml/model/              reply.json, checkpoint.pt: returned as model.tar.gz
     /opt/ml/output/failure      why it failed, for DescribeTrainingJob
 
-Where the machine has several GPUs, or the job several machines, the same worker is started by torchrun. SIGTERM, of a
-job that is stopped or a spot machine that goes, saves a checkpoint within the two minutes that SageMaker leaves.
+If the machine has several GPUs, or the job several machines, torchrun starts the same worker. SIGTERM, which is sent
+when a job is stopped or a spot machine is taken back, saves a checkpoint within the two minutes that SageMaker leaves.
 """
 
 import asyncio
@@ -31,11 +31,12 @@ from shared.child import Child, ChildFailed
 from shared.errors import Unprocessable
 
 LONGEST_END_S = 60.0
-"""Seconds in which the processes of all machines end, once the training has."""
+"""Seconds that the processes of all machines have to end in, once the training has ended."""
 
 
 async def train(root: Path) -> int:
     """Train as the files below `root` say; returns the exit code."""
+    # Find out which machine this is.
     hosts = json.loads((root / "input/config/resourceconfig.json").read_bytes())
     number = hosts["hosts"].index(hosts["current_host"])
     argv = _argv(hosts["hosts"], number)
@@ -58,6 +59,7 @@ async def train(root: Path) -> int:
             part.write_text(json.dumps(asdict(news)), encoding="utf-8")
             part.replace(checkpoints / "progress.json")
 
+    # Train.
     worker = Child(argv, env=WORKER_ENVIRONMENT)
     try:
         outcome = await worker.call(_call(root, checkpoints, stop), deadline_s=math.inf, on_progress=tell)
@@ -70,6 +72,8 @@ async def train(root: Path) -> int:
         return 1
     finally:
         await worker.stop(grace_s=LONGEST_END_S)
+
+    # Return.
     if reply.get("outcome") == "trained":
         shutil.move(checkpoints / "checkpoint.pt", model / "checkpoint.pt")
     (model / "reply.json").write_text(json.dumps(reply), encoding="utf-8")
@@ -97,7 +101,7 @@ def _call(root: Path, checkpoints: Path, stop: Path) -> Train:
 
 
 def _newest(start: Path, checkpoints: Path) -> str | None:
-    """Return where to go on: at what a job before this one, or this one before an interruption, has saved last."""
+    """Return the checkpoint to go on from: the last of an earlier job, or of this one before an interruption."""
     found = _partials(checkpoints)
     if found:
         return str(found[max(found)])

@@ -10,28 +10,28 @@ from shared.config import ServiceSettings
 
 
 class TrainerSettings(ServiceSettings):
-    """What the trainer needs beyond what every service does."""
+    """The settings of the trainer beside those of every service."""
 
     slots: int = Field(default=1, ge=1, le=1)
     """One training at a time: a second one would hold its lease and wait for the first. Start more trainers instead."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """Threads that torch computes with; 0 takes one per core. More than there are free cores make it much slower."""
+    """Threads that torch computes with; 0 takes one per core. More threads than free cores make it much slower."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
-    """Where torch computes: auto takes a GPU if there is one."""
+    """The device that torch computes on: auto takes a GPU if there is one."""
     engine: Literal["local", "torchrun", "sagemaker"] = "local"
-    """What trains: one process; torchrun, with several that share out each batch; or a SageMaker training job."""
+    """How to train: in one process; with torchrun, in several that share each batch; or in a SageMaker training job."""
     processes: int = Field(default=0, ge=0, le=1024)
-    """How many processes torchrun starts; 0 takes one per GPU."""
+    """Number of processes that torchrun starts; 0 takes one per GPU."""
     sagemaker_image: str | None = Field(default=None, validate_default=True)
     """The image of this service in ECR, for training jobs."""
     sagemaker_role: str | None = Field(
         default=None, pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$", validate_default=True
     )
-    """ARN of the role of training jobs; what it needs is in docs/training.md."""
+    """ARN of the role of training jobs; docs/training.md lists the rights that it needs."""
     sagemaker_instance: str | None = Field(default=None, pattern=r"^ml\.", validate_default=True)
     """Type of the machines of a training job, such as ml.g5.xlarge."""
     sagemaker_instances: int = Field(default=1, ge=1, le=64)
-    """How many machines a training job has."""
+    """Number of machines of a training job."""
     sagemaker_spot: bool = False
     """Take spot machines: cheaper, and interrupted now and then."""
     sagemaker_volume_gb: int = Field(default=50, ge=1, le=16_384)
@@ -40,31 +40,31 @@ class TrainerSettings(ServiceSettings):
     """Wall seconds that training a round or evaluating it may take before it is killed. It then goes on from its last
     checkpoint; without a new one since the last time, that counts as a failed attempt."""
     checkpoint_s: float = Field(default=60, gt=0)
-    """Seconds of training from one checkpoint to the next: what is lost, at most, with a worker that dies."""
+    """Seconds of training from one checkpoint to the next: a worker that dies loses no more than that."""
     memory_bytes: int | None = Field(default=None, ge=1024**3)
     """Address space of the training process. Leave it out on a GPU: CUDA reserves far more addresses than it uses."""
     lease_s: float = Field(default=45, ge=1)
     """Seconds after which another worker may take over a training whose worker died: at most half of `visibility_s`."""
     min_images: int = Field(default=32, ge=8)
-    """Fewest images, of training and evaluation each, that are trained on."""
+    """The least number of images to train on, and of images to evaluate with, that a training needs."""
     data_uris: str = "s3:// gs:// az:// abfs://"
-    """What the data_uri of a request may begin with, such as s3://our-bucket/research/; several with blanks between."""
+    """Beginnings that the data_uri of a request may have, such as s3://our-bucket/research/; blanks separate them."""
     cache_dir: Path | None = None
-    """Where copies of datasets are kept from one training to the next; None: the folder `datasets` in the work_dir."""
+    """Folder of the cache, which keeps datasets from one training to the next; None: `datasets` in the work_dir."""
     cache_bytes: int = Field(default=10 * 1024**3, ge=0)
-    """Size of all copies together, above which the oldest that no training uses are removed; 0 keeps none."""
+    """Size of the cache above which the oldest datasets that are not in use are removed; 0 keeps none."""
     features_uri: str | None = Field(default=None, pattern=r"^(s3://[^/]+/.+|[^:]+)$")
     """Path or s3:// URI of a network to compare images by, TorchScript or torch.export (.pt2); None: randconv-v1."""
     features_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", validate_default=True)
-    """SHA-256 of that file, in hex: loading it runs what it holds, so no other file is loaded."""
+    """SHA-256 of that file, in hex: loading a network runs code in it, so no other file is loaded."""
     features_size: int = Field(default=299, ge=16, le=1024)
-    """Pixels, in rows and in columns, of the images that it takes."""
+    """Rows and columns, in pixels, of the images that the network takes."""
     tensorboard: bool = False
     """Write the rounds of a training as a TensorBoard log, too; needs the extra `tensorboard`."""
 
     @property
     def copies(self) -> Path:
-        """Return where copies of datasets are kept."""
+        """Return the folder of the cache."""
         return self.cache_dir or self.work_dir / "datasets"
 
     @field_validator("tensorboard")

@@ -1,12 +1,12 @@
-"""The steps of a training as commands, for a workflow runner that drives the loop instead of the queue.
+"""The workflow steps of a training: commands for a workflow runner that drives the loop instead of the queue.
 
     python -m services.trainer.steps load --request ID --asked '{"dataset": "chest", "threshold": 2}'
     python -m services.trainer.steps train|evaluate|modify|generate|report --request ID
 
-Each works on the records that the service works on, under the same lease, so either can go on where the other ended,
-and a step that is run again goes on where it was, or finds that there is nothing left to do. Its reply is a JSON
-object, printed with `--json` and stored as `models/<id>/step.json` for runners that see no output. Its `next` names the
-step to come, null after the last:
+A workflow step works on the records that the service works on, under the same lease, so either can go on where the
+other ended. A workflow step that is run again goes on where it was, or finds that there is nothing left to do. Its
+reply is a JSON object, printed with `--json` and stored as `models/<id>/step.json` for runners that see no output. The
+field `next` of the reply names the next workflow step; it is null after the last:
 
     load -> modify -> train -> evaluate -> modify -> … -> generate -> report
 
@@ -14,8 +14,8 @@ step to come, null after the last:
 |---|---|
 | 0 | done, or nothing to do |
 | 2 | a setting or an argument is wrong |
-| 65 | it cannot work: `reason` says why |
-| 75 | to be run again: `reason`; what was trained is stored |
+| 65 | the training cannot work: `reason` says why |
+| 75 | run it again: `reason` says why; what was trained is stored |
 | 1 | a bug, in the log |
 """
 
@@ -49,7 +49,7 @@ Step = Callable[[Run], Awaitable[StoredCompletion | Json]]
 
 
 async def perform(step: str, request_id: str, asked: Json | None, *, ports: Ports) -> tuple[int, Json]:
-    """Do a step; returns the exit code and the reply. `asked` holds the fields of a new request."""
+    """Do a workflow step; returns the exit code and the reply. `asked` holds the fields of a new request."""
     try:
         reply = await _perform(step, request_id, asked, ports=ports)
     except Unprocessable as refused:
@@ -63,8 +63,12 @@ async def perform(step: str, request_id: str, asked: Json | None, *, ports: Port
 
 async def _perform(step: str, request_id: str, asked: Json | None, *, ports: Ports) -> Json:
     keys = TrainingKeys(request_id)
+
+    # Accept a new request.
     if asked is not None:
-        if unknown := asked.keys() - TrainingRequest.model_fields.keys():  # a message may have such, of a later version
+        if (
+            unknown := asked.keys() - TrainingRequest.model_fields.keys()
+        ):  # a message of a later version may have more fields
             raise Unprocessable("invalid_request", ", ".join(sorted(unknown)))
         try:
             request = TrainingRequest.model_validate({**asked, "request_id": request_id})
@@ -72,10 +76,14 @@ async def _perform(step: str, request_id: str, asked: Json | None, *, ports: Por
             fields = {str(detail["loc"][0]) for detail in error.errors()}
             raise Unprocessable("invalid_request", ", ".join(sorted(fields))) from None
         await accept(request, asked_at=ports.clock(), ports=ports)
+
+    # Do the workflow step.
     options = await stored(keys.options, objects=ports.objects)
     if options is None:
         raise Unprocessable("unknown_request")
     done = await under_lease(options.request, STEPS[step], asked_at=options.time or ports.clock(), ports=ports)
+
+    # Reply.
     if done is None:
         failure = await stored(keys.failure, objects=ports.objects)
         return {"next": None, "reason": failure.told.reason_code if failure else "failed"}
@@ -114,7 +122,7 @@ async def _train(run: Run) -> Json:
 async def _evaluate(run: Run) -> Json:
     plan = await modify(run)
     trained = await trained_of(run, plan) if plan is not None else None
-    if plan is None or trained is None:  # this was done before, but it may not have been told
+    if plan is None or trained is None:  # this was done before, but perhaps not announced
         for done in (await run.rounds())[-1:]:
             await announce(run, done)
         return {"next": "modify"}
@@ -160,7 +168,7 @@ def _fields(text: str) -> Json:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do the step that the command line names, and exit."""
+    """Do the workflow step that the command line names, and exit."""
     parser = argparse.ArgumentParser(prog="python -m services.trainer.steps", description="One step of a training.")
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--request", required=True, metavar="ID", help="the training's id")
@@ -174,9 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         async with ports_of(settings, stop, aws=aws) as ports:
             heed(stop)
             code, reply = await perform(given.step, given.request, given.asked, ports=ports)
-        told = reply.get("reason") or (f"next is {reply['next']}" if reply["next"] else "the end")
-        told += f" ({reply['fields']})" if reply.get("fields") else ""
-        sys.stdout.write(json.dumps(reply) + "\n" if given.json else f"{given.step}: {told}\n")
+        outcome = reply.get("reason") or (f"next is {reply['next']}" if reply["next"] else "the end")
+        outcome += f" ({reply['fields']})" if reply.get("fields") else ""
+        sys.stdout.write(json.dumps(reply) + "\n" if given.json else f"{given.step}: {outcome}\n")
 
     run_service("trainer", TrainerSettings, serve)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The child process that computes: `python -m services.trainer.worker`. Files come and go by path.
+"""The child process that computes: `python -m services.trainer.worker`. Files are passed by path.
 
 Three calls: `train` trains a round, `evaluate` judges it, `generate` makes the products of the finished model.
 """
@@ -43,11 +43,11 @@ from shared.errors import Unprocessable
 from shared.messages import Evaluation
 
 EVALUATED_PER_HELD_OUT = 4
-"""Images generated for the evaluation, per held-out one: sets of equal size are drawn from them."""
+"""Images generated for the evaluation, per held-out image: sets of equal size are drawn from them."""
 EVALUATION_SEED, SAMPLE_SEED = 1, 2
-"""Of the noise of the images that are judged, and of those that are shown."""
+"""Seeds of the noise of the images that are judged, and of those that are shown."""
 REPORT_EVERY = 25
-"""Steps."""
+"""Optimiser steps from one report to the next."""
 TELL_EVERY_S = 5.0
 
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def answer(asked: AnyRequest, tell: Tell) -> Message:
-    """Do what is asked."""
+    """Carry out a request, and return its reply."""
     match asked:
         case Train():
             return train_round(asked, tell)
@@ -71,11 +71,12 @@ def train_round(asked: Train, tell: Tell) -> Outcome:
     """Train one round, from its start or from the middle.
 
     A round that was interrupted anywhere ends, on a CPU, with the same numbers as one that was not. `tell` receives the
-    losses, every few seconds, and the checkpoints of its middle.
+    losses, every few seconds, and the checkpoints in the middle of the round.
 
     Raises:
-        Unprocessable: `batch_not_divisible`, several processes cannot have equal shares of it.
+        Unprocessable: `batch_not_divisible`, several processes cannot have equal shares of a batch.
     """
+    # Load.
     images, where = asked.images, _device(asked.device, asked.threads)
     parameters = _parameters(asked.config)
     if parameters.batch_size % distributed.n_processes():
@@ -88,6 +89,8 @@ def train_round(asked: Train, tell: Tell) -> Outcome:
         state = torch.load(asked.checkpoint, map_location="cpu", weights_only=True)
         training = resume(parameters, state, where)
     losses, before_s = state.get("losses", []), state.get("trained_s", 0.0)
+
+    # Train.
     keeper = _Keeper(Path(asked.out), Path(asked.stop), asked.checkpoint_s, tell, losses, before_s)
     try:
         train_gan(
@@ -104,6 +107,8 @@ def train_round(asked: Train, tell: Tell) -> Outcome:
         return Diverged()
     except _Stopped:
         return Paused()
+
+    # Save.
     if distributed.is_first():
         torch.save(state_of(training), Path(asked.out) / "checkpoint.pt")
     return Trained(
@@ -121,7 +126,7 @@ class _Stopped(Exception):  # noqa: N818 - it states what became of the training
 
 @dataclass(slots=True)
 class _Keeper:
-    """Saves a training now and then, and tells of it."""
+    """Saves a training now and then, and reports its losses."""
 
     folder: Path
     stop: Path
@@ -130,7 +135,7 @@ class _Keeper:
     losses: list[dict[str, float]]
     """All reports of the round."""
     before_s: float
-    """Seconds of work before this process."""
+    """Seconds that the round was trained for before this process."""
     began_at: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)
     told_at: float = field(default_factory=time.monotonic)
@@ -140,14 +145,14 @@ class _Keeper:
         return self.before_s + time.monotonic() - self.began_at
 
     def report(self, progress: Progress) -> None:
-        """Keep a report, and pass it on where the last one is some seconds old."""
+        """Keep a report, and pass it on if the last one that was passed on is some seconds old."""
         self.losses.append(asdict(progress))
         if time.monotonic() - self.told_at >= TELL_EVERY_S:
             self.tell(Losses(**asdict(progress)))
             self.told_at = time.monotonic()
 
     def after_step(self, training: Training) -> None:
-        """Save where it is time to, or where the training is to stop; then it raises `_Stopped`."""
+        """Save the training when it is time to. If it is to stop, save it and raise `_Stopped`."""
         stopped = distributed.agreed(wanted=self.stop.exists())
         if distributed.is_first() and (stopped or time.monotonic() - self.saved_at >= self.checkpoint_s):
             path = self.folder / f"partial.{training.step}.pt"
@@ -175,12 +180,12 @@ def evaluate_round(asked: Evaluate) -> Evaluated:
     state = torch.load(asked.checkpoint, map_location="cpu", weights_only=True)
     average = generation.generator_of(parameters, state["average"]).to(where)
 
-    # As many of each class as the real images have that they are compared with.
+    # The generated images have the classes of the real images that they are compared with, in equal shares.
     judged = _generate(average, EVALUATED_PER_HELD_OUT * len(unseen), EVALUATION_SEED, where, labels)
     evaluation, n_features = None, 0
     if judged.isfinite().all():
-        found = evaluate(unseen, judged, real, space, where)
-        evaluation, n_features = Evaluation.model_validate(found), found["d"]
+        numbers = evaluate(unseen, judged, real, space, where)
+        evaluation, n_features = Evaluation.model_validate(numbers), numbers["d"]
         shown = _generate(
             average, generation.GRID_IMAGES, SAMPLE_SEED, where, generation.labels_of(average, generation.GRID_IMAGES)
         )
@@ -209,7 +214,7 @@ def _parameters(config: str) -> TrainingConfig:
 
 
 def _generate(average: Generator, n_images: int, seed: int, device: torch.device, labels: Tensor | None) -> Tensor:
-    """Generate images; `labels`, where the generator has classes, are repeated until there are enough."""
+    """Generate images; if the generator has classes, `labels` are repeated until there are enough."""
     if labels is not None:
         labels = labels.repeat(-(-n_images // len(labels)))[:n_images]
     return generate_images(average, n_images, latent_dim=average.latent_dim, seed=seed, device=device, labels=labels)

@@ -124,7 +124,7 @@ class Files:
             raise Unavailable(f"data_uri: {type(error).__name__}") from None
 
 
-def _time_of(details: dict[str, Any]) -> datetime:
+def _time_of(told: dict[str, Any]) -> datetime:
     """Return when a file was written, as far as its file system says; it decides between revisions of a series."""
-    times = (details.get(name) for name in TIMES)
+    times = (told.get(name) for name in TIMES)
     return next((time for time in times if isinstance(time, datetime)), datetime.min.replace(tzinfo=UTC))

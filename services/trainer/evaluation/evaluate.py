@@ -1,4 +1,4 @@
-"""The evaluation of a generator: distance, what stands beside it, and whether it copies."""
+"""The evaluation of a generator: its distance, the numbers beside it, and whether it memorised patients' images."""
 
 from dataclasses import asdict
 from typing import Any
@@ -19,11 +19,11 @@ def evaluate(unseen: Tensor, judged: Tensor, train: Tensor, space: Space, device
         unseen: (N, 1, size, size) float32 in [-1, 1], real images kept out of the training.
         judged: (M, 1, size, size), generated ones.
         train: (K, 1, size, size), all that the generator was trained on; other patients than `unseen`.
-        space: where distances are taken.
-        device: where the images are compared with those trained on.
+        space: the feature space in which distances are taken.
+        device: the device that compares the images with those trained on.
 
     Returns:
-        What `shared.messages.Evaluation` holds, and `d`. `docs/metrics.md` says what each number means.
+        The fields of `shared.messages.Evaluation`, and `d`. `docs/metrics.md` says what each number means.
     """
     embedded = embed(space, unseen, judged, train)
     distance = distance_in(embedded)

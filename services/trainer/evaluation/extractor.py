@@ -21,10 +21,10 @@ S3 = "s3://"
 
 
 async def fetch_extractor(settings: TrainerSettings, *, s3: "S3Client") -> Path | None:
-    """Return the path of the extractor's file, under its own name; None where the built-in features serve.
+    """Return the path of the extractor's file, under its own name; None if the built-in features are used.
 
     Raises:
-        Misconfigured: there is no such file, or its hash is another one.
+        Misconfigured: the file does not exist, cannot be read, or has another hash.
     """
     uri = settings.features_uri
     if uri is None:

@@ -2,11 +2,11 @@
 
 `randconv-v1` needs no download: features of a fixed-seed, multi-scale random convolutional network, which see blur,
 noise and missing modes (arXiv 2208.09218 compares random and trained ones). They are z-scored by all real images given
-and, so that a covariance can be estimated, projected at random to d <= n / 2; the name tells d.
+and, so that a covariance can be estimated, projected at random to d <= n / 2; the name includes d.
 
-Any trained network can take its place, as a TorchScript or `torch.export` file that is known by its sha256. It is
-given what the detectors of StyleGAN's metrics are given: (N, 3, size, size) uint8, and returns (N, d); what
-normalisation it needs is its own affair. Its features are compared as they are. With `inception-2015-12-05.pt` the
+Any trained network can take its place, as a TorchScript or `torch.export` file that is known by its sha256. Its input
+is that of the detectors of StyleGAN's metrics, (N, 3, size, size) uint8, which it normalises itself; it returns (N, d).
+Its features are compared as they are. With `inception-2015-12-05.pt` the
 distance is the FID of the literature and is called so; in any other space it is called FD.
 
 Real and generated images go the same way: one fixed window ([-1, 1] of the dataset becomes 0 to 255), no normalisation
@@ -32,34 +32,34 @@ FEATURES_SEED = 20220818
 CHANNELS = 16
 """Random filters per layer of each scale."""
 SCALES = 3
-"""Full resolution, half, quarter."""
+"""The number of scales: full resolution, half, quarter."""
 ANOTHER_SCALE = 10.0
-"""Noise may lead out of [-1, 1]; a value like this is of bytes, or of Hounsfield units."""
+"""A value this large means bytes or Hounsfield units; noise may lead a little out of [-1, 1]."""
 MAX_D = 256
 MIN_D = 4
 VARIANCE_FLOOR = 1e-2
-"""Added to a feature's variance, as a share of the mean variance: a feature that is constant over the reference (a
-corner that is always air) would otherwise turn rounding into infinite distance."""
+"""The share of the mean variance that is added to each feature's variance: otherwise a feature that is constant over
+the reference (a corner that is always air) would turn rounding into infinite distance."""
 DRAWS = 8
-"""Sets drawn for each number; the mean over them is given."""
+"""Sets drawn for each number, which is the mean over them."""
 INCEPTION = "inception-2015-12-05.pt"
 """The TorchScript of Inception that StyleGAN's authors publish: FID is the distance in its features alone."""
 INCEPTION_D = 2048
 RANDOM_BATCH, EXTRACTOR_BATCH = 16, 32
-"""Images at a time; with more random maps than the processor's cache holds it takes twice as long."""
+"""Images at a time; if the random maps do not fit the processor's own cache, it takes twice as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Where images are compared."""
+    """A feature space in which images are compared."""
 
     name: str
     metric: str
     """`FD`, or `FID` in the features of Inception."""
     extract: Callable[[Tensor], Tensor]
-    """(N, 1, H, W) in [-1, 1] to (N, F) float64 on the CPU."""
+    """The function from images (N, 1, H, W) in [-1, 1] to features (N, F) float64 on the CPU."""
     reduced: bool = False
-    """True if the features are z-scored and projected to d <= n / 2."""
+    """Whether the features are z-scored and projected to d <= n / 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Embedded:
 
     @property
     def d(self) -> int:
-        """Features."""
+        """Return the number of features."""
         return self.real.shape[1]
 
     def draws(self, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -186,13 +186,13 @@ def _filters() -> tuple[tuple[Tensor, Tensor], ...]:
 RANDCONV = Space("randconv-v1", "FD", randconv_features, reduced=True)
 
 
-# A trained extractor.
+# A trained network.
 
 
 def load_extractor(path: Path, sha256: str, *, size: int, device: torch.device) -> Space:
-    """Make the space of a trained network: TorchScript, or `torch.export` where the file's name ends in `.pt2`.
+    """Make the space of a trained network: TorchScript, or `torch.export` if the file's name ends in `.pt2`.
 
-    The hash is checked before the file is opened as a program, because loading it may run what it holds.
+    The hash is checked before the file is opened as a program, because loading it may run code in it.
 
     Raises:
         Unprocessable: `extractor_changed`, the file has another hash; `invalid_extractor`, it cannot be loaded.

@@ -29,14 +29,14 @@ class Distance:
     metric: str
     space: str
     n: int
-    """Images on each side."""
+    """Images on each side of the comparison."""
     d: int
-    """Features."""
+    """Number of features."""
     distance: float
     floor: float
     relative_fd: float
     warnings: tuple[str, ...] = ()
-    """`few_images`: there are more features than n / 2."""
+    """Doubts about the numbers; `few_images` if there are more features than n / 2."""
 
 
 def calculate_fid(
@@ -48,11 +48,11 @@ def calculate_fid(
         real: (N, 1, H, W) float32 in [-1, 1], the reference, kept out of the training.
         generated: (M, 1, H, W), prepared as `real` was; more than n images make the mean steadier.
         other_real: (K, 1, H, W), real images of other patients, for the floor; None takes halves of `real`.
-        seed: of the draws.
-        space: where they are compared; the result names it, and is an FID in Inception's alone.
+        seed: seed of the draws.
+        space: the feature space; the result names it, and is an FID in that of Inception alone.
 
     Returns:
-        The distance, and what it means.
+        The distance beside its floor.
 
     Raises:
         ValueError: as `embed`.
@@ -61,7 +61,7 @@ def calculate_fid(
 
 
 def distance_in(embedded: Embedded, *, seed: int = 0) -> Distance:
-    """Compare what is in a space already."""
+    """Compare images that are points of a space already."""
     distances, floors = [], []
     for reference, generated, others in embedded.draws(seed):
         distances.append(frechet_distance(reference, generated))

@@ -1,20 +1,20 @@
-"""Does a generator copy the images it was trained on? A nearest-neighbour test, calibrated on held-out real images.
+"""Has a generator memorised images it was trained on? A nearest-neighbour test, calibrated on held-out real images.
 
-Theory of operation. A generated image that is nearer to a training image than images of other patients ever are is
-suspect. How near that is, nobody knows beforehand; so the same distance is taken from the held-out real images to the
+Theory of operation. A generated image that is nearer to a training image than images of other patients ever are may be
+memorised. How near that is depends on the data; so the same distance is taken from the held-out real images to the
 training images, and its 1 % quantile is the limit. Two distances have to be below their limits at the same time:
 
 - the distance to the nearest training image, root mean square over the pixels where the two overlap, the least over
   shifts of up to an eighth of the image and over its mirror image: a shifted copy is a copy;
 - that distance as a share of the image's median distance to all training images. A blurred image is near to everything
-  and a copy is near to one, so that without it a poor generator would be taken for a copying one. This one has to be
+  and a copy is near to one, so without this share a poor generator would seem to have memorised. The share has to be
   clearly below its limit: among noise all distances are nearly equal, and a trifle would make the difference.
 
 All pairs are compared at 16 pixels; the nearest few of each image are compared once more at 64 pixels at most.
 
-The generator is flagged where chance does not explain how many images are below the limits: if generated images were
+The generator is flagged if chance does not explain how many images are below the limits: if generated images were
 exchangeable with held-out ones, the number below the k-th smallest of the held-out distances would have a negative
-hypergeometric distribution, whatever the distances are. It is flagged, too, where at least one in a hundred is nearer
+hypergeometric distribution, whatever the distances are. It is flagged, too, if at least one in a hundred is nearer
 than half of the nearest held-out distance: with few held-out images chance explains a lot, but not that.
 """
 
@@ -28,19 +28,19 @@ from torch.nn import functional
 COARSE, FINE = 16, 64
 """Pixels at which all pairs, and the nearest ones, are compared."""
 COARSE_SHIFT = 2
-"""Pixels at 16: an eighth of the image."""
+"""The largest shift in pixels of the 16: an eighth of the image."""
 CANDIDATES = 8
 """Training images per image that are compared at full size."""
 MAX_JUDGED = 1000
 """Images of each set that are judged: the cost is their number times the training images."""
 QUANTILE = 0.01
 CLEARLY = 0.8
-"""The share of the limit of the relative distance below which an image is clearly a copy. Copies with noise of a
+"""The share of the limit of the relative distance below which an image is clearly memorised. Copies with noise of a
 twentieth of the range are at a half of the limit."""
 UNLIKELY = 1e-3
-"""Probability below which chance is no explanation."""
+"""Probability below which chance does not explain a result."""
 FAR_NEARER = 0.5
-"""Share of the nearest held-out distance that no image of another patient comes below."""
+"""The share of the nearest held-out distance below which no image of another patient is expected."""
 FAR_NEARER_SHARE = 0.01
 BATCH = 128
 
@@ -56,8 +56,9 @@ class Memorisation:
     copied_share: float
     """Share of the generated images below both limits; of held-out ones at most about 1 % are."""
     far_nearer_share: float
-    """Share that is nearer than half of the nearest held-out distance."""
+    """Share of the generated images that are nearer than half of the nearest held-out distance."""
     flagged: bool
+    """Whether the test finds that the generator memorised training images."""
 
 
 def find_copies(train: Tensor, held_out: Tensor, generated: Tensor) -> Memorisation:

@@ -1,4 +1,4 @@
-"""What stands beside the Fréchet distance, in the same space, because one number can be right for the wrong reason.
+"""The numbers beside the Fréchet distance, in the same space: one number alone can be right for the wrong reason.
 
 The Fréchet distance looks at means and covariances alone, and mixes up two faults: images that are not like real ones,
 and real ones that have no like. The kernel distance looks at more moments and has no bias; precision and density ask
@@ -14,21 +14,21 @@ from torch import Tensor
 from services.trainer.evaluation.features import Embedded
 
 NEIGHBOURS = 5
-"""k of the nearest neighbours, as the authors of density and coverage take it."""
+"""The k of the k-th nearest neighbour, as the authors of density and coverage choose it."""
 MAX_N = 2000
-"""Points of a set that pairs are made of: more add little, and memory grows with their square."""
+"""The most points of a set that are paired: more add little, and memory grows with their square."""
 DIRECTIONS = 256
 SUBSETS = 64
 SUBSET_SIZE = 1000
-"""Or half of the smaller set: subsets of all points would all be the same one."""
+"""Points of a subset, or half of the smaller set if that is less: subsets of all points would be one and the same."""
 DIRECTIONS_SEED = 20090417
 
 NEAR, FAR = 2.0, 4.0
 """Relative Fréchet distances that say `as good as real images` and `far from them`."""
 CLEARLY_BELOW, ABOUT_EQUAL = 0.7, 0.9
-"""Shares of what other real images reach."""
+"""Shares of other real images' numbers at which a number counts as clearly below theirs, and as about equal."""
 CLEARLY_ABOVE_SPREADS = 4.0
-"""Spreads of the kernel distance."""
+"""Spreads above the kernel distance of other real images at which a kernel distance counts as clearly above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Quality:
 
     kid: float
     kid_spread: float
-    """Standard deviation over subsets."""
+    """Standard deviation of the kernel distance over subsets."""
     precision: float
     recall: float
     density: float
@@ -46,7 +46,7 @@ class Quality:
 
 
 def assess(embedded: Embedded, *, seed: int = 0) -> tuple[Quality, Quality]:
-    """Return the quality of the generated images, and that of other real ones, which is what can be reached at best."""
+    """Return the quality of the generated images, and that of other real ones, the best to be reached."""
     halves = torch.split(embedded.real, embedded.n)
     pairs = (
         (embedded.real, embedded.generated),
@@ -64,7 +64,7 @@ def assess(embedded: Embedded, *, seed: int = 0) -> tuple[Quality, Quality]:
 
 
 def second_opinion(relative_fd: float, generated: Quality, real: Quality) -> tuple[str, ...]:
-    """Name the numbers that contradict the Fréchet distance; empty where they agree.
+    """Name the numbers that contradict the Fréchet distance; empty if they agree.
 
     | the distance says | and | warning |
     |---|---|---|

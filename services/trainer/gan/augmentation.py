@@ -1,6 +1,6 @@
 """Random, differentiable changes of the images that the discriminator sees, real and generated alike.
 
-With few images the discriminator learns them by heart, and its gradients tell the generator nothing any more. Where
+With few images the discriminator learns them by heart, and its gradients tell the generator nothing any more. If
 it never sees an image as it is, it cannot (arXiv 2006.10738, arXiv 2006.06676). Each change is made with a
 probability below one, so that the generator finds out what the images look like without it; below about 0.8 the
 changes were never seen to leak into generated images (arXiv 2006.06676, section 2.2 and figure 4).
@@ -20,15 +20,15 @@ ANGLE = math.radians(10)
 OCTAVES = 0.2
 """The scale is at most 2 to this power, and at least 2 to minus this."""
 BRIGHTNESS = 0.2
-"""Added, at most; the images' range is 2."""
+"""The largest value that is added to or taken from all pixels; the images' range is 2."""
 CONTRAST = 0.5
 """The contrast is at most 2 to this power, and at least 2 to minus this."""
 DRAWS = 10
 """Uniform numbers that one image needs: four to choose the changes by, six amounts."""
 WARMED_UP_IMAGES = 50_000
-"""The probability goes from 0 to 1 over this many images where every pair is told apart."""
+"""Images over which the probability goes from 0 to 1 if every pair is told apart."""
 TARGET = 0.6
-"""The target of the pairs' mean sign, see `adapted`; it is that of arXiv 2006.06676, section 3."""
+"""The target of the pairs' mean sign, see `adapted`, as in arXiv 2006.06676, section 3."""
 
 
 def augment(images: Tensor, draws: Tensor, probability: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def augment(images: Tensor, draws: Tensor, probability: Tensor) -> Tensor:
     Args:
         images: (N, 1, H, W), H = W.
         draws: (N, DRAWS), uniform in [0, 1).
-        probability: (), of each of the four changes.
+        probability: (), the probability of each of the four changes.
 
     Returns:
         (N, 1, H, W). It can be differentiated by the images, once.
@@ -64,15 +64,15 @@ def augment(images: Tensor, draws: Tensor, probability: Tensor) -> Tensor:
 
 
 def adapted(probability: Tensor, told_apart: Tensor, n_pairs: int, least: float) -> Tensor:
-    """Return the probability of the next step: it rises where the discriminator tells too many pairs apart.
+    """Return the probability of the next step: it rises if the discriminator tells too many pairs apart.
 
     After r_t of arXiv 2006.06676, section 3. That is the mean sign of D(real), which means nothing with a relativistic
     loss, because it leaves the zero of D open; the sign of D(real) - D(generated) takes its place.
 
     Args:
-        probability: (), of this step.
+        probability: (), the probability of this step.
         told_apart: (), mean sign of D(real) - D(generated) over this step's pairs.
-        n_pairs: of this step.
+        n_pairs: number of pairs of this step.
         least: the probability never falls below it.
     """
     gained = (told_apart - TARGET) / (1 - TARGET) * n_pairs / WARMED_UP_IMAGES

@@ -1,10 +1,10 @@
-"""The training step as a GPU wants it. It computes what `reference_step` does, from the same draws.
+"""One optimiser step of the training, made fast for GPUs. It computes what `reference_step` does, from the same draws.
 
 Two compiled functions give the gradients of the two networks; on CUDA each is one graph, replayed without a launch per
 operation. `torch.func.grad` takes the slopes of the penalties inside of them, because the derivative of a compiled
 function cannot be differentiated again. The optimiser and the average stay outside: they are one launch each.
 
-Forward and backward run in bfloat16 where no penalty is taken; the logits, the losses, the augmentation and all steps
+Forward and backward run in bfloat16 in steps without a penalty; the logits, the losses, the augmentation and all steps
 with a penalty are in float32, whose range and digits the squared slopes need.
 """
 
@@ -69,7 +69,7 @@ def discriminator_gradients(
 ) -> tuple[Named, Tensor, Tensor]:
     """Return the discriminator's gradients, its loss without the penalty, and the margins (n,).
 
-    `weight` is PENALTY_EVERY * gamma / 2 where the penalty is taken, else None.
+    `weight` is PENALTY_EVERY * gamma / 2 if the penalty is taken, else None.
     """
     real, classes, noise, changes = batch
     both = None if classes is None else classes.repeat(2)

@@ -55,7 +55,7 @@ class Generator(nn.Module):
         self.end = nn.Sequential(nn.Conv2d(widths[-1], 1, 3, padding=1), nn.Tanh())
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return one image per row of `z`, of the classes that `labels` gives where there are any."""
+        """Return one image per row of `z`, of the classes that `labels` gives if there are any."""
         if self.classes is not None:
             z = torch.cat((z, self.classes(labels)), dim=1)
         images: Tensor = self.end(self.blocks(self.start(z)))
@@ -108,7 +108,7 @@ def build_gan_model(config: TrainingConfig, n_classes: int = 0) -> Gan:
 
     Args:
         config: size and width.
-        n_classes: of the data; 0 where it has none.
+        n_classes: number of classes of the data; 0 if it has none.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -131,6 +131,6 @@ def _channels_last(weight: Tensor) -> Tensor:
 
 
 def _widths(config: TrainingConfig) -> list[int]:
-    """Channels at each resolution, from the finest to 4x4."""
+    """Return the number of channels at each resolution, from the finest to 4x4."""
     halvings = (config.image_size // COARSEST).bit_length() - 1
     return [config.width * min(2**level, MAX_WIDENING) for level in range(halvings + 1)]

@@ -1,4 +1,4 @@
-"""One step of the training in the plain way, and what it is made of. `compiled_step.py` computes the same.
+"""One optimiser step of the training, written plainly, and its parts. `compiled_step.py` computes the same.
 
 Theory of operation. The loss is relativistic (arXiv 1807.00734): the discriminator is asked how much more real a real
 image is than a generated one, so the generator cannot win by serving one mode. The gradient penalties on real (R1)
@@ -39,13 +39,13 @@ class Training:
     generator_optimiser: torch.optim.Adam
     discriminator_optimiser: torch.optim.Adam
     augmentation: Tensor
-    """(), probability of the changes of the next step's images."""
+    """(), the probability of each change of the next step's images."""
     sums: Tensor
-    """(4,), of what `Progress` gives the means of, since the last report."""
+    """(4,), the sums since the last report of the numbers whose means `Progress` holds."""
     summed: int = 0
-    """Steps since the last report."""
+    """Number of steps since the last report."""
     step: int = 0
-    """Steps done, over all rounds."""
+    """Number of steps done, over all rounds."""
     images_seen: int = 0
 
 
@@ -96,22 +96,22 @@ def annealed(config: TrainingConfig, images_seen: int) -> tuple[float, float]:
 
 
 class Batch(NamedTuple):
-    """What one of the two networks is trained with in one step."""
+    """The images, classes and draws that train one of the two networks in one step."""
 
     real: Tensor
-    """(n, 1, size, size)."""
+    """(n, 1, size, size), real images."""
     classes: Tensor | None
-    """(n,) int64, of the real images and of those to be generated; None where there are none."""
+    """(n,) int64, the classes of the real images and of those to be generated; None if there are no classes."""
     noise: Tensor
-    """(n, latent_dim)."""
+    """(n, latent_dim), the noise to generate images from."""
     changes: Tensor
-    """(n, DRAWS), for `augment`: a real image and its generated partner are changed alike."""
+    """(n, DRAWS), the draws for `augment`: a real image and its generated partner are changed alike."""
 
 
 def draw(config: TrainingConfig, step: int, images: Tensor, labels: Tensor | None) -> tuple[Batch, Batch]:
-    """Draw what the discriminator and the generator are trained with in step number `step`.
+    """Draw the batches of the discriminator and the generator for step number `step`.
 
-    Numbers are drawn on the CPU, whatever the device and the type of the images. Where several processes train, each
+    Numbers are drawn on the CPU, whatever the device and the type of the images. If several processes train, each
     takes its share of what all of them draw.
     """
     random = torch.Generator().manual_seed((config.seed + (step + 1) * GOLDEN) % 2**63)
@@ -173,15 +173,15 @@ def reference_step(training: Training, images: Tensor, config: TrainingConfig, l
 def finish(
     training: Training, config: TrainingConfig, generator_loss: Tensor, discriminator_loss: Tensor, margins: Tensor
 ) -> Tensor:
-    """Count the step, move the average and adapt the augmentation; returns what a step returns."""
-    told = torch.stack((generator_loss, discriminator_loss, margins.mean(), margins.sign().mean()))
+    """Count the step, move the average and adapt the augmentation; returns the numbers that a step returns."""
+    numbers = torch.stack((generator_loss, discriminator_loss, margins.mean(), margins.sign().mean()))
     running_statistics = [buffer for buffer in training.gan.generator.buffers() if buffer.is_floating_point()]
-    average([told, *running_statistics])
+    average([numbers, *running_statistics])
     training.step += 1
     training.images_seen += config.batch_size
     update_average(training.gan.average, training.gan.generator, decay_of(config, training.images_seen))
-    training.augmentation.copy_(adapted(training.augmentation, told[3], config.batch_size, config.augmentation))
-    return told
+    training.augmentation.copy_(adapted(training.augmentation, numbers[3], config.batch_size, config.augmentation))
+    return numbers
 
 
 def _descend(optimiser: torch.optim.Adam, loss: Tensor, rate: float) -> None:

@@ -1,9 +1,9 @@
 """The training of a generative adversarial network: its state, and the loop.
 
-All randomness of a step is drawn on the CPU from a generator of its own, seeded by (seed, step), and all that a step
-leaves behind is in `Training`: step 700 does the same whether the training came there in one go or was interrupted and
-resumed anywhere on the way. A step itself is in `services/trainer/gan/reference_step.py`, and once more, for GPUs, in
-`services/trainer/gan/compiled_step.py`.
+All randomness of an optimiser step is drawn on the CPU from a generator of its own, seeded by (seed, step), and all
+that a step leaves behind is in `Training`. So step 700 does the same whether the training came there in one go or was
+interrupted and resumed anywhere on the way. The step itself is in `services/trainer/gan/reference_step.py`, and once
+more, for GPUs, in `services/trainer/gan/compiled_step.py`.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Diverged(ArithmeticError):  # noqa: N818 - it states what became of the tr
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Means since the last report."""
+    """A report of a training: means since the last report."""
 
     step: int
     generator_loss: float
@@ -38,13 +38,13 @@ class Progress:
     margin: float
     """Mean of D(real) - D(generated): how far the discriminator tells them apart."""
     told_apart: float
-    """Mean sign of D(real) - D(generated): 1 where all pairs are told apart, 0 where none is."""
+    """Mean sign of D(real) - D(generated): 1 if the discriminator tells all pairs apart, 0 if it guesses."""
     augmentation: float
-    """Probability of the changes, at the report."""
+    """Probability of each change of an image, at the time of the report."""
 
 
 def start(config: TrainingConfig, device: torch.device, *, n_classes: int = 0) -> Training:
-    """Make a training at step 0; `n_classes` is 0 where the data has none."""
+    """Make a training at step 0; `n_classes` is 0 if the data has none."""
     gan = build_gan_model(config, n_classes)
     for network in (gan.generator, gan.discriminator, gan.average):
         network.to(device)
@@ -105,21 +105,21 @@ def train_gan(
     report_every: int = 50,
     after_step: Callable[[Training], None] = lambda _: None,
 ) -> list[Progress]:
-    """Train, in place, until a step.
+    """Train, in place, until the step `until`.
 
     Args:
-        training: where to go on.
+        training: the training to go on with.
         images: (N, 1, size, size) float32 in [-1, 1], on the networks' device.
         config: the parameters of this round.
-        report: told at every `report_every` steps and at the end.
-        labels: (N,) int64, the images' classes, where the networks have any; on the same device.
+        report: called with a report every `report_every` steps, and at the end.
+        labels: (N,) int64, the images' classes, if the networks have any; on the same device.
         until: the step to stop at, counted over all rounds; None is `config.steps` from here. A round that is
             interrupted and resumed with the same `until` ends as if it had not been.
-        report_every: steps.
+        report_every: number of steps from one report to the next.
         after_step: called after every step, where the caller may store `state_of(training)`.
 
     Returns:
-        All that was reported.
+        All reports.
 
     Raises:
         Diverged: a loss is out of range.
@@ -148,7 +148,7 @@ def generate_images(
 ) -> Tensor:
     """Return (n_images, 1, size, size) float32 in [-1, 1], on the CPU; the same seed gives the same noise.
 
-    `labels`, (n_images,) int64, are the classes of what is made, where the generator has any.
+    `labels`, (n_images,) int64, are the classes of the images, if the generator has any.
     """
     noise = torch.randn(n_images, latent_dim, generator=torch.Generator().manual_seed(seed))
     classes = [None] * n_images if labels is None else torch.split(labels.to(device), 256)

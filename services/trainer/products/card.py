@@ -1,7 +1,7 @@
-"""What is told of a finished model: `generator.json` for programs, `card.md` for people, `medigan.json` for medigan.
+"""The descriptions of a finished model: `generator.json` for programs, `card.md` for people, and `medigan.json`.
 
 The field names of `medigan.json` are those of medigan's `global.json` (github.com/RichardObi/medigan, version 1): a
-model's `execution`, `selection` and `description`. What is not known stays as medigan's template has it, empty.
+model's `execution`, `selection` and `description`. Fields that are not known stay empty, as in medigan's template.
 """
 
 from collections.abc import Sequence
@@ -25,28 +25,28 @@ TEST_FOR_COPIES = "nearest neighbours among the training images, calibrated on h
 
 
 CALIBRATED_BY = 100
-"""Held-out images below which their 1 % quantile, the limit of the test for copies, is their minimum."""
+"""Number of held-out images below which their 1 % quantile, the limit of the test for copies, is their minimum."""
 
 
 def describe(manifest_key: str, chosen: StoredRound, manifest: Manifest, units: Units, made: Products) -> Json:
-    """Say what generator.pt is, how good it is, and of which data it was made.
+    """Describe generator.pt: what it is, how good it is, and which data it was trained on.
 
     Args:
-        manifest_key: where the manifest is stored.
-        chosen: the round that the generator is of.
-        manifest: the data.
-        units: what the numbers of an image mean.
-        made: what the training process replied.
+        manifest_key: the key under which the manifest is stored.
+        chosen: the round that made the generator.
+        manifest: the arrays of the training and their split.
+        units: the meaning of the numbers of an image.
+        made: the reply of the training process.
     """
-    told = chosen.told
-    config, size = told.config, told.config["imageSize"]
+    event_data = chosen.told
+    config, size = event_data.config, event_data.config["imageSize"]
     groups = {array.held_out: set[str]() for array in manifest.arrays}
     for array in manifest.arrays:
         groups[array.held_out].add(array.group)
-    memorisation = told.evaluation.memorisation
+    memorisation = event_data.evaluation.memorisation
     return {
-        "schema_version": 1,  # of StoredDescription, which is what we read again of it
-        "request_id": told.request_id,
+        "schema_version": 1,  # of StoredDescription, the part that radqueue reads again
+        "request_id": event_data.request_id,
         "file": "generator.pt",
         "sha256": made.sha256,
         "format": "state_dict of services.trainer.gan.networks.Generator, tensors only",
@@ -55,13 +55,13 @@ def describe(manifest_key: str, chosen: StoredRound, manifest: Manifest, units: 
         "units": {"modality": units.modality, "window": units.window},
         "classes": manifest.classes,
         "config": config,
-        "round": told.round,
+        "round": event_data.round,
         "images_seen": made.images_seen,
         "seed": made.seed,
         "trained": chosen.time.isoformat(),
-        "approved": told.approved,
-        "why_not": told.why_not,
-        "evaluation": told.evaluation.model_dump(mode="json"),
+        "approved": event_data.approved,
+        "why_not": event_data.why_not,
+        "evaluation": event_data.evaluation.model_dump(mode="json"),
         "privacy_test": {
             "test": TEST_FOR_COPIES,
             "result": memorisation.model_dump(mode="json") if memorisation else None,
@@ -118,10 +118,14 @@ def model_card(described: Json, rounds: Sequence[StoredRound]) -> str:
         f"| {evaluation.metric} | {evaluation.distance:.4g} | {evaluation.floor:.4g} |",
         f"| relative distance | {evaluation.relative_fd:.3f} | 1 |",
     ]
+
+    # Quality.
     if evaluation.quality and evaluation.real_quality:
         real = evaluation.real_quality.model_dump()
         generated = evaluation.quality.model_dump()
         lines += [f"| {name} | {value:.4g} | {real[name]:.4g} |" for name, value in generated.items()]
+
+    # Warnings, and privacy test.
     lines += ["", f"Warnings: {', '.join(evaluation.warnings) or 'none'}.", "", "## Privacy test", ""]
     if copies is None:
         lines.append("Not made.")
@@ -134,6 +138,8 @@ def model_card(described: Json, rounds: Sequence[StoredRound]) -> str:
         ]
         if copies.n_held_out < CALIBRATED_BY:
             lines += ["", f"With fewer than {CALIBRATED_BY} held-out images only plain copies are found."]
+
+    # Rounds and limits.
     lines += ["", "## Rounds", "", "| round | steps | relative distance | rule | approved |", "|---|---|---|---|---|"]
     lines += [
         f"| {done.told.round} | {done.told.steps} | {done.told.evaluation.relative_fd:.3f} | {done.told.rule} "

@@ -23,8 +23,8 @@ def draw(rounds: Sequence[Json], threshold: float | None) -> Image.Image:
     """Draw the rounds of a training, one panel above the other.
 
     Args:
-        rounds: what each evaluation.json holds, oldest first.
-        threshold: the relative distance that a model is approved at; None where another metric decides.
+        rounds: the content of each evaluation.json, oldest first.
+        threshold: the relative distance at which a model is approved; None if another metric decides.
     """
     step = 0.0
     losses: dict[str, list[tuple[float, float]]] = {"generator": [], "discriminator": []}

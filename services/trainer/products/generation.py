@@ -1,6 +1,6 @@
-"""What is made of a trained generator: weights, images in three formats, a walk through the latent space.
+"""The products of a trained generator: weights, images in three formats, a walk through the latent space.
 
-Images are made of the checkpoint and the seed alone, so that making them twice makes the same files.
+The images depend on the checkpoint and the seed alone, so making them twice makes the same files.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ GRID_IMAGES = 64
 WALKS, STEPS = 8, 10
 """Rows of the interpolation, each from one generated image to another, and images in a row."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The date of every member of a zip, so that the same members are the same zip."""
+"""The date of every member of a zip, so that the same members make the same zip."""
 Grey = npt.NDArray[np.uint8]
 
 
@@ -57,25 +57,29 @@ def generate(
 
     Args:
         config: path of config.js.
-        checkpoint: path of the training to make them of; its averaged generator is used.
+        checkpoint: path of the checkpoint whose averaged generator makes the images.
         n_images: how many images to generate.
-        out: the folder.
-        rounds: path of what was stored of each round, a JSON list, for a TensorBoard log; None writes none.
+        out: path of the folder.
+        rounds: path of a JSON list of the stored rounds, for a TensorBoard log; None writes no log.
         units: the fields of `Units`.
-        classes: names of the classes, by label; empty where there are none.
-        device: where to compute.
-        tell: is told how many images there are.
+        classes: names of the classes, by label; empty if there are none.
+        device: the device to compute on.
+        tell: receives the number of images once they are generated.
 
     Returns:
         `files`, the names of what was written, `sha256` of the weights, `images_seen` and `seed`.
     """
+    # Load.
     folder = Path(out)
     parameters = TrainingConfig.of(read_config(Path(config).read_text(encoding="utf-8")))
     state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     generator = generator_of(parameters, state["average"])
+
+    # Write the weights.
     torch.save(generator.state_dict(), folder / "generator.pt")
     sha256 = hashlib.sha256((folder / "generator.pt").read_bytes()).hexdigest()
 
+    # Generate and write the images.
     generator.to(device)
     labels = labels_of(generator, n_images)
     images = draw(generator, n_images, labels, seed=parameters.seed, device=device)
@@ -103,8 +107,8 @@ def load_generator(weights: Path, sha256: str, config: dict[str, Value]) -> Gene
 
     Args:
         weights: `generator.pt`.
-        sha256: of the file, as `generator.json` has it.
-        config: its parameters, as that has them.
+        sha256: the hash of the file that `generator.json` names.
+        config: the parameters that `generator.json` names.
 
     Raises:
         WrongModel: the file is another one than described, or does not fit this version.
@@ -128,7 +132,7 @@ def draw(
     device: torch.device,
     told: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
-    """Return (n_images, 1, size, size) float32 in [-1, 1] on the CPU; `told` receives how many more there are."""
+    """Return (n_images, 1, size, size) float32 in [-1, 1] on the CPU; `told` receives the size of each batch."""
     hook = generator.register_forward_hook(lambda _, __, images: told(len(images)))
     try:
         return generate_images(
@@ -139,7 +143,7 @@ def draw(
 
 
 def labels_of(generator: Generator, n_images: int, label: int | None = None) -> Tensor | None:
-    """Return the classes of `n_images`, (n_images,) int64: one of them, or all in turn; None where there are none."""
+    """Return the classes of `n_images`, (n_images,) int64: one, or all in turn; None if there are none."""
     if not generator.n_classes:
         return None
     if label is not None:
@@ -172,7 +176,7 @@ def grey(images: Tensor) -> Grey:
 
 
 def titles_of(labels: Tensor | None, n_images: int, classes: Sequence[str]) -> list[str]:
-    """Return the name of each image's class; empty where there are none."""
+    """Return the name of each image's class; empty names if there are no classes."""
     return [""] * n_images if labels is None else [classes[label] for label in labels.tolist()]
 
 
@@ -227,7 +231,7 @@ def save_zip(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def generator_of(parameters: TrainingConfig, weights: dict[str, Tensor]) -> Generator:
-    """Build the network that weights belong to, not to be trained; how many classes it has is seen from them."""
+    """Build the network of some weights, which show its number of classes; it is not to be trained."""
     n_classes = len(weights["classes.weight"]) if "classes.weight" in weights else 0
     generator = Generator(parameters, n_classes)
     generator.load_state_dict(weights)

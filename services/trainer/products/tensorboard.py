@@ -7,14 +7,14 @@ from typing import Any
 Json = dict[str, Any]
 FOLDER = "tensorboard"
 NAME = "events.out.tfevents.0.radqueue"
-"""TensorBoard knows its files by this beginning; the rest is fixed, so that writing it twice is one file."""
+"""The name of the log: TensorBoard requires its beginning; the rest is fixed, so that a second log replaces it."""
 
 
 def write(rounds: list[Json], folder: Path) -> str:
-    """Write the losses at the steps they were told at, and each round's evaluation and parameters at its last step.
+    """Write the losses at the steps of their reports, and each round's evaluation and parameters at its last step.
 
     Args:
-        rounds: what each evaluation.json holds, oldest first.
+        rounds: the content of each evaluation.json, oldest first.
         folder: receives the log in a folder of its own: `tensorboard --logdir FOLDER/tensorboard`.
 
     Returns:
@@ -29,10 +29,10 @@ def write(rounds: list[Json], folder: Path) -> str:
             for loss in done["losses"]:
                 step = int(loss["step"])
                 _add(writer, "loss", loss, step)
-            told = done["told"]
-            _add(writer, "evaluation", told["evaluation"], step)
-            _add(writer, "quality", told["evaluation"].get("quality") or {}, step)
-            _add(writer, "parameters", told["config"], step)
+            event_data = done["told"]
+            _add(writer, "evaluation", event_data["evaluation"], step)
+            _add(writer, "quality", event_data["evaluation"].get("quality") or {}, step)
+            _add(writer, "parameters", event_data["config"], step)
     (written,) = log.iterdir()
     written.rename(log / NAME)
     return f"{FOLDER}/{NAME}"

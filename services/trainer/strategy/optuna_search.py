@@ -1,9 +1,9 @@
 """Another strategy than the rules of `policy.py`: search the parameters with Optuna, an extra (`search`).
 
 Each round trains a new model, with the first round's steps, and its parameters come from a tree-structured Parzen
-estimator (Optuna's TPESampler) that was told what the rounds so far reached. Nothing is kept between rounds: the study
-is rebuilt from their records, and the sampler's seed is the number of the round and of the try, so the same history
-leads to the same parameters.
+estimator (Optuna's TPESampler) that knows the results of the rounds so far. Nothing is kept between rounds: the study
+is rebuilt from their records. The sampler's seed follows from the numbers of the round and of the try, so the same
+history leads to the same parameters.
 """
 
 import importlib.util
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 RATES, GAMMAS = 4.0, 8.0
-"""Learning rate and gamma are searched from the first round's value divided by this to as many times that value."""
+"""The factors below and above the first round's learning rate and gamma between which these are searched."""
 RANDOM_ROUNDS = 3
-"""Rounds, the first one too, before the estimator is used: it knows nothing of fewer."""
+"""Rounds, including the first, before the estimator is used: with fewer it has too little to go by."""
 MAX_TRIES = 1000
-"""More than a round has, so that each try has a seed of its own."""
+"""A number above that of the tries of any round, so that each try has a seed of its own."""
 
 
 def decide(seen: Situation) -> Decision:
-    """Choose what comes next as `policy.decide` does, but the parameters of a further round by the search.
+    """Choose what comes next as `policy.decide` does, but take the parameters of a further round from the search.
 
     Raises:
         ModuleNotFoundError: Optuna is not installed.
     """
-    if importlib.util.find_spec("optuna") is None:  # told before the first round, not after it
+    if importlib.util.find_spec("optuna") is None:  # reported before the first round, not after it
         raise ModuleNotFoundError("optuna")
     ruled = policy.decide(replace(seen, divergences=0))
     if ruled.next == "generate" or (not seen.history and not seen.divergences):
@@ -52,7 +52,7 @@ def _proposed(seen: Situation) -> dict[str, Value]:
     study = optuna.create_study(sampler=sampler)
     for done in seen.history:
         tried = {name: done.config[name] for name in space}
-        if done.copies:  # Not a value to learn from: a model comes near by copying.
+        if done.copies:  # Not a value to learn from: a model that memorised comes near, too.
             study.add_trial(optuna.create_trial(state=optuna.trial.TrialState.FAIL, params=tried, distributions=space))
         else:
             value = policy.score(done, seen.goal)
@@ -61,7 +61,7 @@ def _proposed(seen: Situation) -> dict[str, Value]:
 
 
 def _space(first: Mapping[str, Value]) -> "dict[str, BaseDistribution]":
-    """Return what is searched, around the first round's parameters, so that these are in it."""
+    """Return the ranges that are searched: they lie around the first round's parameters."""
     from optuna.distributions import FloatDistribution  # noqa: PLC0415 - as above
 
     rate, gamma = float(first["learningRate"]), float(first["gamma"])

@@ -1,4 +1,4 @@
-"""What comes after a round: a pure function from what was observed to the next parameters, or to the end.
+"""The decision after a round: a pure function from the observations to the next parameters, or to the end.
 
 The first row that holds decides:
 
@@ -8,20 +8,20 @@ The first row that holds decides:
 | as many rounds as were asked for | `out_of_rounds` | images of the best round, which is not approved |
 | a loss above 100, or NaN | `diverged` | the same round again: learning rate x 0.5, gamma x 2 |
 | no round yet | `first` | a new model |
-| it copies training images | `copies` | augmentation + 0.2 |
+| it memorised training images | `copies` | augmentation + 0.2 |
 | relative distance more than 10 % above the best round's | `worse` | learning rate x 0.5 |
 | like real images, but like few of them | `collapsed` | gamma x 2 |
 | the discriminator tells more than 90 % of the pairs apart | `overfitted` | augmentation + 0.2, up to 0.8 |
-| it does so by far | `overpowered` | gamma x 2, which holds it back |
+| it tells them apart by far | `overpowered` | gamma x 2, which holds it back |
 | the distance fell by less than 10 % | `stalled` | learning rate x 0.5 |
 | else | `improving` | steps x 1.5: more images |
 
-A round goes on from the best one's checkpoint. The last one counts as the best where it is not noticeably worse.
+A round goes on from the best one's checkpoint. The last one counts as the best if it is not noticeably worse.
 
-Good enough is a distance at or below the threshold, in the metric that was asked for, if the model does not copy and if
-it covers enough: with few held-out patients a model that makes only some kinds of images can come near by its means and
-covariances (relative_fd 1.28 was seen with a coverage of 0.28). What counts is its coverage as a share of that of other
-real images, because with unlike patients these do not reach 1 either.
+A model is good enough if its distance, in the metric that was asked for, is at or below the threshold, if it did not
+memorise, and if it covers enough: with few held-out patients a model that makes only some kinds of images can come near
+by its means and covariances (relative_fd 1.28 was seen with a coverage of 0.28). Its coverage counts as a share of that
+of other real images, because with unlike patients these do not reach 1 either.
 """
 
 import math
@@ -38,66 +38,67 @@ Metric = Literal["relative_fd", "distance", "kid"]
 Next = Literal["train", "generate"]
 
 NOTICEABLE = 0.1
-"""A smaller relative change of the distance is noise of the evaluation."""
+"""The relative change of the distance below which it is noise of the evaluation."""
 ALIKE = 0.5
 """Share of other real images' precision at which generated images count as like real ones."""
 OVERFITTED_PAIRS = 0.8
 """Mean sign of D(real) - D(generated) when 90 % of the pairs are told apart."""
 OVERPOWERED_MARGIN = 4.0
-"""D(real) - D(generated) at which sigmoid, the probability of telling a pair apart, is above 0.98."""
+"""D(real) - D(generated) at which its sigmoid, the probability of telling a pair apart, is above 0.98."""
 MORE_AUGMENTATION = 0.2
 MIN_LEARNING_RATE = 1e-5
 MAX_GAMMA = 1000.0
 MAX_STEPS_FACTOR = 4
-"""Rounds never grow beyond this many times the first round's steps."""
+"""The factor of the first round's steps beyond which rounds do not grow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What was asked for."""
+    """The goal of a training, as its request states it."""
 
     threshold: float = 2.0
     metric: Metric = "relative_fd"
     min_coverage: float = 0.5
-    """Share of other real images' coverage."""
+    """The least coverage of a model that is good enough, as a share of other real images' coverage."""
     max_rounds: int = 5
 
     @classmethod
     def of(cls, request: TrainingRequest) -> Self:
-        """Return what a request asks for."""
+        """Return the goal of a request."""
         return cls(request.threshold, request.metric, request.min_coverage, request.max_rounds)
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one round showed."""
+    """The results of one round."""
 
     config: Mapping[str, Value]
     relative_fd: float
     distance: float = 0.0
     kid: float = 0.0
     coverage: float = 1.0
-    """As a share of what other real images reach; so is the precision."""
+    """The coverage as a share of other real images' coverage."""
     precision: float = 1.0
+    """The precision as a share of other real images' precision."""
     margin: float = 0.0
     """Mean of D(real) - D(generated) over the round's last steps."""
     told_apart: float = 0.0
-    """Mean sign of that."""
+    """Mean sign of D(real) - D(generated) in the round's last report."""
     copies: bool = False
-    """Whether the generated images are copies of training images."""
+    """Whether the generated images are memorised training images."""
 
     @classmethod
     def of(cls, done: StoredRound) -> Self:
-        """Return what a completed round showed."""
+        """Return the results of a completed round."""
         evaluation = done.told.evaluation
-        made, real = evaluation.quality, evaluation.real_quality
+        generated, real = evaluation.quality, evaluation.real_quality
         return cls(
             done.told.config,
             relative_fd=evaluation.relative_fd,
             distance=evaluation.distance,
-            kid=made.kid if made else math.inf,
-            coverage=made.coverage / real.coverage if made and real and real.coverage else 1.0,
-            precision=made.precision / real.precision if made and real and real.precision else 1.0,
+            kid=generated.kid if generated else math.inf,
+            coverage=generated.coverage / real.coverage if generated and real and real.coverage else 1.0,
+            precision=generated.precision / real.precision if generated and real and real.precision else 1.0,
             margin=done.margin,
             told_apart=done.losses[-1].get("told_apart", 0.0) if done.losses else 0.0,
             copies=evaluation.copies,
@@ -106,7 +107,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do next."""
+    """The next thing to do."""
 
     rule: str
     changes: dict[str, Value]
@@ -117,7 +118,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """All that is known when it is decided."""
+    """All that a decision depends on."""
 
     config: Mapping[str, Value]
     """The parameters of the last round."""
@@ -125,11 +126,11 @@ class Situation:
     """All rounds so far, oldest first; empty before the first."""
     goal: Goal
     divergences: int = 0
-    """How often the next round was tried already, and diverged."""
+    """The number of tries at the next round so far, all of which diverged."""
 
     @property
     def last(self) -> Observation:
-        """The last round."""
+        """Return the results of the last round."""
         return self.history[-1]
 
     def worse(self) -> bool:
@@ -143,12 +144,12 @@ class Situation:
 
     @property
     def best(self) -> int:
-        """The number, from 1, of the best round."""
+        """Return the number, from 1, of the best round."""
         return best_round(self.history, self.goal)
 
     @property
     def continue_from(self) -> int:
-        """The round to go on from."""
+        """Return the number, from 1, of the round to go on from; 0 before the first."""
         if not self.history:
             return 0
         return self.best if self.worse() or _flawed(self.last, self.goal) else len(self.history)
@@ -222,7 +223,7 @@ def accepts(observed: Observation, goal: Goal) -> bool:
 
 
 def why_not(observed: Observation, goal: Goal) -> str:
-    """Say why a model is not good enough; empty where it is. One that copies patients never is, however near it is."""
+    """Say why a model is not good enough; empty if it is. One that memorised never is, however near it is."""
     reasons = []
     if observed.copies:
         reasons.append("its images are copies of images that it was trained on")
@@ -238,7 +239,7 @@ def why_not(observed: Observation, goal: Goal) -> str:
 def best_round(history: Sequence[Observation], goal: Goal) -> int:
     """Return the number, from 1, of the round with the lowest distance; the first of equals.
 
-    A round that copies is the best one only where all do, and so is, among the others, one that covers too little.
+    Rounds that memorised come after all others, and among the others those that cover too little come last.
     """
 
     def rank(index: int) -> tuple[bool, bool, float]:
@@ -263,5 +264,5 @@ def _covers_little(observed: Observation, goal: Goal) -> bool:
 
 
 def _above(distance: float, other: float, share: float) -> bool:
-    """Tell whether a distance is above another one and a share of it; the kernel distance may be below zero."""
+    """Tell whether a distance exceeds another by more than a share of it; the kernel distance may be below zero."""
     return distance > other + share * abs(other)
