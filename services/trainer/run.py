@@ -119,7 +119,7 @@ class Run:
             raise Unavailable(f"the training process failed: {failed.reason_code}") from None
 
     async def call(self, number: int, asked: Request[Reply], told: Progress = lambda _: None) -> Reply:
-        """Have the training process do one thing; `told` receives its messages on the way.
+        """Have the training process do one thing; `told` receives its reports on the way.
 
         Raises:
             ChildFailed: no reply came.

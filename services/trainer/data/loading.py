@@ -195,7 +195,7 @@ def _copy_of(array: Array, copies: Path) -> Path:
 
 
 def _kept(copies: Path) -> Manifest | None:
-    """Return the manifest that an earlier training left in the cache; None if there is none that can be read."""
+    """Return the manifest that an earlier training left in the cache; None if there is no readable one."""
     with contextlib.suppress(FileNotFoundError, ValidationError):
         return Manifest.model_validate_json((copies / MANIFEST).read_bytes())
     return None

@@ -30,7 +30,7 @@ CHAINED = "::"
 """fsspec would read `a::b://c` through another file system, a local one for instance."""
 UNREADABLE = {Kind.MISSING, Kind.DENIED, Kind.MISCONFIGURED}
 VERSIONS = {"etag", "md5Hash", "generation", "mtime", "last_modified", "created", "ETag", "Last-Modified"}
-"""The names under which file systems give what tells versions of a file apart."""
+"""The names under which file systems list the properties that distinguish versions of a file."""
 TIMES = ("mtime", "last_modified", "created")
 
 Arguments = ParamSpec("Arguments")

@@ -97,7 +97,7 @@ def _trace_of_root(a: Matrix, b: Matrix) -> float:
     if min(len(a), len(b)) >= a.shape[1]:
         with contextlib.suppress(np.linalg.LinAlgError):
             return trace_by_cholesky(a.T @ a, b.T @ b)
-        # The triangles of QR decompositions are roots of the covariances, too, and lose no digits where it is singular.
+        # The triangles of QR decompositions are roots of the covariances, too, and lose no digits if one is singular.
         a, b = (np.asarray(np.linalg.qr(part, mode="r")) for part in (a, b))
     return float(np.linalg.svd(a @ b.T, compute_uv=False).sum())
 
