@@ -57,6 +57,7 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
     Raises:
         WorkerUnfit: after a stop because a GPU was lost; a new process can handle what was given back.
     """
+    # Connect.
     silence()
     objects = ObjectStore(aws.s3, settings.bucket)
     publish = await Publisher.open(aws.sqs, settings, *PUBLISHED)
@@ -70,6 +71,7 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
         engine = partial(Engine.find, settings.container_engine, settings.engine_arguments)
         place = Place(settings.maps_file, aws.s3)
         gpus = stack.enter_context(closing(Share(settings.work_dir / "gpus", allowed)))
+        # Read the table and its MAPs, and wait for room on the GPUs.
         fleet = Fleet(
             table=WatchedTable(place=place, require=targets.require, metrics=metrics),
             sources=Sources(place.folder, partial(open_ecr, aws), engine, place.file),
@@ -85,6 +87,7 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
             serving={name: serving_of(found.route) for name, found in maps.items()},
             bounds=bounds_of(settings, gpus.devices),
         )
+        # Name the handlers.
         handle_request = partial(
             infer,
             objects=objects,
@@ -104,6 +107,7 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
             StudySettling: partial(stable_studies.settle, **routing),
             InferenceRequested: in_turn(handle_request, stop),
         }
+        # Start the MAPs, then serve until `stop` is set.
         try:
             await fleet.start(runner)
             async with kept_current(fleet, runner, settings, stop):
@@ -119,7 +123,7 @@ async def serve(settings: InferenceSettings, aws: Aws, metrics: Metrics, stop: a
 def in_turn(handle_request: Callable[[InferenceRequested], Awaitable[None]], stop: asyncio.Event) -> Handler:
     """Let repeats of one request wait for one another, so that the second finds the result and computes nothing.
 
-    Where this process cannot serve any more, it stops: retried here, its requests would fail until SQS gives them up.
+    If this process cannot serve any more, it stops: retried here, its requests would fail until SQS gives them up.
     """
     locks = KeyedLocks()
 

@@ -62,12 +62,12 @@ async def compute(
     """Return the winner of all attempts at the result: `outputs.json` names it, once and for all.
 
     It is this one, made under the lease, unless another worker was faster. `least` is what the MAP must make, by
-    modality. Whoever asks has looked for `outputs.json`: it is looked for once more under the lease alone.
+    modality. The caller has looked for `outputs.json` already: it is looked for again only under the lease.
 
     Raises:
         Leased, Continue: another worker computes it.
-        MapFailed: it failed.
-        OutputRefused: it made nothing that can be pushed.
+        MapFailed: the MAP failed.
+        OutputRefused: the MAP made nothing that can be pushed.
         Unprocessable: `instance_missing`.
         Unavailable: S3 does not answer, the MAP cannot be run here, or it ended for want of the machine's resources.
     """
@@ -159,7 +159,7 @@ def _file(one: MadeFile, key: str) -> OutputFile:
 
 
 def _name(one: MadeFile, scrubber: Scrubber) -> str:
-    """Return the file's name without what it has of the patient's, whom a MAP may name it after."""
+    """Return the file's name without what tells of the patient: a MAP may name a file after one."""
     return scrubber.scrub(os.fsencode(one.path.name)).decode(errors="replace")
 
 

@@ -53,9 +53,9 @@ async def route(
 ) -> None:
     """Give one revision to the MAPs whose conditions it meets.
 
-    Afterwards `routing.json` says which, and each was sent one request; for those that read a study as a whole somebody
-    will look at the study. None is an outcome, and is announced. A second delivery sends the same requests again, and
-    those end at the results that are there.
+    Afterwards `routing.json` says which, and each was sent one request; for those that read a study as a whole a worker
+    will look at the study later. That no MAP takes it is an outcome, and is announced. A second delivery sends the same
+    requests again, and those end at the results that are there.
 
     Raises:
         Unprocessable: `revision_missing`, `invalid_revision`.
@@ -84,7 +84,7 @@ async def route(
         objects=objects,
     )
 
-    # Ask, or tell that there is nobody to ask.
+    # Ask, or announce that no MAP takes it.
     if not routing.maps and not routing.study_maps:
         log.info("inference.no_route", series=series.series_uid)
         skipped = SkippedInference(**series.model_dump(), modality=routing.modality, reason_code="no_route")
@@ -114,7 +114,7 @@ async def infer(
     """Turn one request into one result at its target, and announce it.
 
     Any number of workers may do this at the same time, and be killed anywhere: MAPs draw random UIDs, so each attempt
-    makes other files, but the first `outputs.json` decides whose files are the result, and everyone pushes those.
+    makes other files, but the first `outputs.json` decides whose files are the result, and all workers push those.
     `claim.json` keeps the others from computing meanwhile; it ends `lease_s` seconds after its owner's death.
 
     A failure is an outcome as well, and stands in `failure.json`: the same event again announces that failure, and runs
@@ -136,7 +136,7 @@ async def infer(
         await _announce(known.answer, publish=publish)
         return
 
-    # Check: what nobody has computed yet is wanted still, and of the version that serves here.
+    # Check: if it is yet to be computed, it is still wanted, and of the version that serves here.
     if known.outputs is None and await _is_superseded(task, served, objects=objects):
         return
     installed = _installed(task, served)
@@ -149,7 +149,7 @@ async def infer(
 
     answer: Result | Failure
     try:
-        # Compute, unless somebody has.
+        # Compute, unless another attempt has.
         computed = known.outputs or await compute(
             task,
             revisions,
@@ -174,12 +174,12 @@ async def infer(
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What S3 has of a request when it comes."""
+    """What S3 holds for a request when it arrives."""
 
     answer: Result | Failure | None = None
-    """What it was answered before."""
+    """The answer that an earlier delivery of the request was given."""
     outputs: Outputs | None = None
-    """What an attempt made of it."""
+    """The outputs of the attempt that won."""
 
 
 async def _known(requested: InferenceRequested, *, objects: ObjectStore) -> _Known:

@@ -18,8 +18,8 @@ from pydicom.errors import InvalidDicomError
 from shared.keys import is_uid
 
 COPIED = ("StudyInstanceUID", "PatientID", "StudyDate", "AccessionNumber", "StudyID")
-"""What a derived object must have from its source: where they differ, HealthImaging keeps it as a non-primary image
-set, which no DICOMweb search shows."""
+"""The attributes that a derived object must have from its source: if they differ, HealthImaging keeps it as a
+non-primary image set, which no DICOMweb search shows."""
 IDENTIFYING = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID")
 PATIENT_GROUP, TEXTS = 0x0010, {"DA", "LO", "LT", "PN", "SH", "ST", "UC", "UT"}
 PERSONAL = [
@@ -30,14 +30,14 @@ PERSONAL = [
     ),
     tag_for_keyword("AccessionNumber") or 0,
 ]
-"""What tells who a patient is: texts and dates of the patient's group (PS3.6 section 6), whoever else is named, and the
-number of the order."""
+"""The tags whose values tell who a patient is: texts and dates of the patient's group (PS3.6 section 6), the names of
+other people, and the number of the order."""
 PERSONAL_TAGS = frozenset(PERSONAL)
 SHORTEST = 3
-"""Bytes of a value that is looked for; what is shorter tells nobody, and stands everywhere."""
+"""The fewest bytes of a value that is looked for: a shorter one identifies nobody, and occurs everywhere."""
 SCRUBBED = b"***"
 LONGEST = 1024
-"""Bytes of a value (PS3.5 table 6.2-1); of a longer text, which no log repeats, the beginning is looked for."""
+"""The most bytes of a value that are looked for (PS3.5 table 6.2-1); of a longer text, the beginning is."""
 PREAMBLE_BYTES, MAGIC = 128, b"DICM"
 
 
@@ -81,10 +81,10 @@ def headers(sources: Iterable[Path]) -> list[Dataset]:
 def check(
     output: Path, sources: Sequence[Path | Dataset], least: Mapping[str, int] | None = None
 ) -> list[MadeInstance]:
-    """Return the DICOM instances in the folder `output`, sorted by UID; files that are no DICOM are left out.
+    """Return the DICOM instances in the folder `output`, sorted by UID; files that are not DICOM are left out.
 
     `sources` are the files that the MAP was given, or their `headers`. `least` says how many instances of each
-    modality there must be; where it is empty, any file will do, and without it at least one instance must be there.
+    modality there must be; if it is empty, any file will do, and without it at least one instance must be there.
 
     Raises:
         OutputRefused: there are too few, or one of them is not what its target takes.
@@ -105,7 +105,7 @@ def check(
 
 
 def other_files(output: Path) -> list[MadeFile]:
-    """Return the files in the folder `output` that are no DICOM, sorted; links are followed nowhere."""
+    """Return the files in the folder `output` that are not DICOM, sorted; no link is followed."""
     return [MadeFile(path, _media_type(path.name)) for path in files(output) if not claims_dicom(path)]
 
 
@@ -171,7 +171,7 @@ def _spellings(value: str) -> Iterator[bytes]:
         for text in {cased, ascii(cased)[1:-1], json.dumps(cased)[1:-1]}:
             yield text.encode()[:LONGEST]
             latin = text.encode("latin-1", errors="replace")[:LONGEST]
-            # Of a name in another script question marks alone would be left, which stand everywhere.
+            # A name in another script would become question marks alone, which occur everywhere.
             if not text.isascii() and len(latin.replace(b"?", b"")) >= SHORTEST:
                 yield latin
 
@@ -182,7 +182,7 @@ def _media_type(name: str) -> str:
 
 
 def files(output: Path) -> list[Path]:
-    """Return the files below the folder, sorted; a link is none, to a file as to a folder."""
+    """Return the files below the folder, sorted; links to files or folders are left out."""
     if output.is_symlink():
         return []
     paths = sorted(Path(folder, name) for folder, _, names in os.walk(output, followlinks=False) for name in names)

@@ -31,7 +31,7 @@ from shared.child import ChildFailed
 from shared.errors import Unavailable
 
 PROBE_S = 600
-"""Seconds to import the MAP and load its models."""
+"""Seconds that a MAP gets to be imported and to load its models."""
 PROBE = "services/inference/serving/probe.py"
 START = (
     "import sys; sys.path[0] = sys.argv.pop(1); from services.inference.serving.probe import main; main(sys.argv[1:])"
@@ -64,7 +64,7 @@ class Way:
 
     @property
     def serving(self) -> Serving:
-        """What the runner is told of the MAP."""
+        """How the runner is to run the MAP."""
         return Serving(isolation=self.isolation, deadline_s=self.deadline_s)
 
     @property
@@ -79,7 +79,7 @@ class Tried:
 
     run: Run
     files: tuple[Path, ...] = ()
-    """What was written, relative to the output folder."""
+    """The files that it wrote, relative to the output folder."""
 
 
 def examine(found: Map, *, way: Way, say: Callable[[str], None]) -> list[Finding]:
@@ -240,7 +240,7 @@ async def check_study(
 def _check_output(output: Path, source: Path, least: Mapping[str, int] | None, log: Path | None) -> list[Finding]:
     sources = dicom_in(source)
     others = outputs.other_files(output)
-    told = f"{several(len(others), 'file')} ({', '.join(sorted({one.media_type for one in others}))})"
+    other_text = f"{several(len(others), 'file')} ({', '.join(sorted({one.media_type for one in others}))})"
     if not sources and any(outputs.claims_dicom(path) for path in outputs.files(output)):
         text = f"it wrote DICOM, and the input has none that {', '.join(outputs.COPIED)} could be compared with"
         return [Finding("outputs", "error", text, "Give a DICOM study: a worker gives it nothing else.")]
@@ -249,14 +249,14 @@ def _check_output(output: Path, source: Path, least: Mapping[str, int] | None, l
     except OutputRefused as refused:
         if refused.reason_code == "no_output" and others and least is None:
             remedy = "Say `outputs: {}` in maps.yaml (--outputs any), and they stay in results/."
-            return [Finding("outputs", "warning", f"wrote {told}, and no DICOM", remedy)]
+            return [Finding("outputs", "warning", f"wrote {other_text}, and no DICOM", remedy)]
         what, remedy = explained(refused.reason_code)
         return [Finding("outputs", "error", at(what, "", refused.where), remedy + _how_to_log(log))]
     if not made:
-        return [Finding("outputs", "ok", f"wrote {told}, and no DICOM")]
+        return [Finding("outputs", "ok", f"wrote {other_text}, and no DICOM")]
     modalities = ", ".join(sorted({one.modality or "no Modality" for one in made}))
     text = f"{several(len(made), 'DICOM instance')} ({modalities}) with the study's attributes"
-    return [Finding("outputs", "ok", f"{text}, and {told}" if others else text)]
+    return [Finding("outputs", "ok", f"{text}, and {other_text}" if others else text)]
 
 
 def at(what: str, error_type: str, where: str) -> str:
@@ -319,8 +319,8 @@ def _answers(found: Map, work: Path, *, gpu: bool, steps: Sequence[str]) -> tupl
 
 def _read_interpreter(answer: Answer, _: Map) -> Iterator[Finding]:
     packages = ", ".join(f"{name} {version}" for name, version in answer["packages"].items())
-    told = f"Python {answer['python']} ({answer['path']}): {packages or 'none of the usual packages'}"
-    yield Finding("interpreter", "ok", told)
+    version = f"Python {answer['python']} ({answer['path']}): {packages or 'none of the usual packages'}"
+    yield Finding("interpreter", "ok", version)
 
 
 def _read_requirements(answer: Answer, found: Map) -> Iterator[Finding]:
@@ -362,9 +362,9 @@ def _read_application(answer: Answer, _: Map) -> Iterator[Finding]:
 
 
 def _read_gpu(answer: Answer, _: Map) -> Iterator[Finding]:
-    told = ", ".join(f"{one['name']}, {_size(one['free_bytes'])} free" for one in answer.get("devices", ()))
-    if told:
-        yield Finding("gpu", "ok", f"its torch uses {told}")
+    devices = ", ".join(f"{one['name']}, {_size(one['free_bytes'])} free" for one in answer.get("devices", ()))
+    if devices:
+        yield Finding("gpu", "ok", f"its torch uses {devices}")
     else:
         remedy = "It computes on the processor. Install a torch that is built for CUDA, if there is a GPU."
         yield Finding("gpu", "warning", "its torch uses no GPU", remedy)
@@ -399,7 +399,7 @@ READERS: Mapping[str, Callable[[Answer, Map], Iterator[Finding]]] = {
     "models": _read_models,
     "gpu": _read_gpu,
 }
-"""Of what the probe answers, by its steps."""
+"""The function that reads the probe's answer to each step into findings."""
 
 
 def _lay(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""The instances of a result on their way to its target, and if that is wanted those of the series it is about."""
+"""The instances of a result on their way to its target and, if wanted, those of the series that it is about."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -23,9 +23,9 @@ class Pushed:
     """Where the instances of a result are now."""
 
     outputs: tuple[InferenceOutput, ...] = ()
-    """With the image sets that hold them."""
+    """The instances of the result, each with the image set that holds it."""
     to: TargetName | None = None
-    """None: there was nothing to push."""
+    """The target that took them; None if there was nothing to push."""
 
 
 async def push(
@@ -37,7 +37,7 @@ async def push(
     objects: ObjectStore,
     targets: Targets,
 ) -> Pushed:
-    """Push the stored instances of the attempt that `outputs` names; to where, only the MAP's route says.
+    """Push the stored instances of the attempt that `outputs` names, to the target of the MAP's route.
 
     Pushing them again changes nothing.
 
@@ -47,9 +47,9 @@ async def push(
         Unavailable: S3 or the target does not answer.
     """
     target, originals = targets.of(route)
-    if any(revision.deidentified for revision in revisions):  # no PACS has a patient for what has none
+    if any(revision.deidentified for revision in revisions):  # a PACS has no patient for them
         target, originals = targets.by_name["s3"], False
-    # What is pushed lies where the MAP could put nothing in its place.
+    # Download what is pushed into a folder that the MAP could not write to, then push it.
     async with temporary_folder("push-") as folder:
         if originals:
             await _push_originals(revisions, folder / "originals", objects=objects, target=target)

@@ -50,7 +50,7 @@ REASONS = {
         "Copy them exactly, or correct what the archive has of the study.",
     ),
 }
-"""What happened and what to do, by code; what is `named` is the failure's `where`."""
+"""What happened and what to do about it, by reason code; `named` refers to the failure's `where`."""
 
 
 def explained(reason_code: str) -> tuple[str, str]:

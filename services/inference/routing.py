@@ -4,8 +4,8 @@
 maps:
   - name: ct_tissues
     source: ct_tissues          # a folder, relative to this file
-    isolation: process          # a process per study by the MAP's own command; warm where it is not said
-    python: /opt/ct/bin/python  # the interpreter of a folder; the worker's own where it is not said
+    isolation: process          # a process per study by the MAP's own command; warm if it is not given
+    python: /opt/ct/bin/python  # the interpreter of a folder; the worker's own if it is not given
     deadline_s: 900             # wall seconds per study; else the MAP's own timeout, else RADQUEUE_DEADLINE_S
     outputs: {SEG: 1}           # at least so many instances of a Modality; else at least one instance
     when:                       # every condition must hold
@@ -39,11 +39,11 @@ from shared.messages import Geometry, Name
 from shared.yaml_tables import read_table
 
 N_INSTANCES = "n_instances"
-"""How many instances the series has; with the fields of its geometry, the conditions that are no DICOM keywords."""
+"""The condition on how many instances a series has. It and those on its geometry are not DICOM keywords."""
 GEOMETRY = frozenset(f"geometry.{name}" for name in Geometry.model_fields if name != "normal")
 
 TargetName = Literal["healthimaging", "healthimaging-import", "dicomweb", "s3"]
-"""Where results go: HealthImaging by STOW-RS or by an import job, a PACS by STOW-RS, or nowhere but S3."""
+"""The place that results go to: HealthImaging by STOW-RS or by an import job, a PACS by STOW-RS, or nowhere but S3."""
 Scalar = str | int | float
 Value = Scalar | list[str] | list[float] | None
 
@@ -66,7 +66,7 @@ class Matches(_Strict):
     regex: Annotated[str, AfterValidator(_compiles)]
 
     def holds(self, value: Scalar) -> bool:
-        """Tell whether it is found."""
+        """Tell whether the expression is found in the value."""
         return re.search(self.regex, str(value)) is not None
 
 
@@ -85,7 +85,7 @@ class Within(_Strict):
         return self
 
     def holds(self, value: Scalar) -> bool:
-        """Tell whether the number lies within; a text that is no number does not."""
+        """Tell whether the number lies within the bounds; a text that is not a number does not."""
         try:
             number = float(value)
         except ValueError:
@@ -119,7 +119,7 @@ class Route(_Strict):
     isolation: Literal["warm", "process"] = "warm"
     deadline_s: float | None = Field(default=None, gt=0)
     outputs: dict[str, Annotated[int, Field(ge=1)]] | None = None
-    """Least number of instances by Modality. Empty: any file will do; None: at least one instance of any kind."""
+    """The least number of instances by Modality. Empty: any file will do; None: at least one instance of any kind."""
     when: dict[Annotated[str, AfterValidator(_known)], Condition] = Field(min_length=1)
     level: Literal["series", "study"] = "series"
     push: TargetName | None = None
@@ -177,7 +177,7 @@ EXPECTED = {
     "originals": "true or false",
     "golden": "a folder, or s3://bucket/prefix/",
 }
-"""What may stand where, for people."""
+"""What each key of the table takes, in words for error messages."""
 KEYS = [key for key in EXPECTED if key != "maps"]
 CONDITION = "a value, a list of values, {regex: …}, {min: …, max: …} or {missing: true}"
 

@@ -13,7 +13,7 @@ class InferenceSettings(ServiceSettings):
     """What the inference worker needs beyond what every service does."""
 
     slots: int = Field(default=3, ge=1, le=100)
-    """Messages handled at the same time; one computes, the others download and push."""
+    """The number of messages handled at the same time; one computes, the others download and push."""
     maps_file: str = str(files("maps") / "maps.yaml")
     """The routing table: which MAP runs on which series. A file, or s3://bucket/key; read again when it changes."""
     maps_look_s: float = Field(default=5, gt=0)
@@ -25,8 +25,8 @@ class InferenceSettings(ServiceSettings):
     study_max_settle_s: float = Field(default=3600, gt=0)
     """Seconds after which a study that still grows is taken as it is, at most once in that time."""
     push_to: TargetName | None = None
-    """Where results go: healthimaging, healthimaging-import, dicomweb or s3. Unset: dicomweb where it has a URL, else
-    healthimaging."""
+    """The place that results go to: healthimaging, healthimaging-import, dicomweb or s3. Unset: dicomweb if it
+    has a URL, else healthimaging."""
     push_originals: bool = False
     """Push the series that a MAP read before its results, so that a viewer has both."""
     datastore_id: str = ""
@@ -34,11 +34,11 @@ class InferenceSettings(ServiceSettings):
     import_role_arn: str = ""
     """The role with which HealthImaging's import jobs read and write `imports/*` of the bucket."""
     dicomweb_url: str | None = None
-    """A PACS that takes the results: what `/studies` is appended to."""
+    """The URL of a PACS that takes the results; `/studies` is appended to it."""
     dicomweb_username: str = ""
-    """Who we are to that PACS (HTTP basic authentication); empty is nobody."""
+    """The user name for that PACS (HTTP basic authentication); if it is empty, none is sent."""
     dicomweb_password: SecretStr = SecretStr("")
-    """The password for it."""
+    """The password for that PACS."""
     dicomweb_token: SecretStr = SecretStr("")
     """A token for that PACS instead (HTTP bearer authentication)."""
     deadline_s: float = Field(default=600, gt=0)
@@ -49,21 +49,21 @@ class InferenceSettings(ServiceSettings):
     recycle_after: int = Field(default=1000, ge=1)
     """Studies after which a MAP's process is replaced, so that what leaks does not add up."""
     map_growth_bytes: int = Field(default=2 << 30, gt=0)
-    """Resident memory beyond what a MAP's process had after its first study; at more, it is replaced."""
+    """Bytes of resident memory that a MAP's process may gain after its first study; beyond that, it is replaced."""
     map_memory_bytes: int | None = Field(default=None, gt=0)
-    """Address space of a MAP's process, memory of a container whose pkg.json names none. Leave it unset on a GPU: CUDA
-    reserves far more than it uses."""
+    """Bytes of address space of a MAP's process, or of memory of a container whose pkg.json names none. Leave
+    it unset on a GPU: CUDA reserves far more than it uses."""
     map_processes: int | None = Field(default=4096, gt=0)
     """Processes and threads that a MAP may start. Root has no such limit; a container has one of its own."""
     gpus: str = ""
-    """The devices that MAPs may use, by number or UUID, with commas; of several, those with room are taken. Empty:
-    all."""
+    """The devices that MAPs may use, by number or UUID, with commas; of several, those with room are taken. If it
+    is empty, all."""
     container_engine: str | None = None
-    """What runs MAPs that are images: docker, podman or nerdctl. Unset: the first of them that answers."""
+    """The program that runs MAPs that are images: docker, podman or nerdctl. Unset: the first of them that answers."""
     container_engine_args: str = ""
-    """More arguments for its `run` and `create`, such as `--runtime runc`."""
+    """More arguments for the container engine's `run` and `create`, such as `--runtime runc`."""
     container_engine_build_args: str = ""
-    """More arguments for its `build`, or buildah's, such as `--isolation chroot`; `radqueue map build` uses them."""
+    """More arguments for the engine's `build`, or buildah's, such as `--isolation chroot`, for `radqueue map build`."""
 
     @property
     def engine_arguments(self) -> list[str]:

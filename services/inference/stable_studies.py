@@ -34,20 +34,20 @@ class Quiet:
     """When a study counts as complete."""
 
     quiet_s: float
-    """After so many seconds in which nothing was added to it."""
+    """Seconds after which a study is complete if nothing was added to it."""
     max_settle_s: float
-    """After so many seconds in any case."""
+    """Seconds after which a study is complete in any case."""
 
 
 async def expect_settling(
     study_uid: str, *, objects: ObjectStore, publish: Publish, clock: Clock, quiet: Quiet
 ) -> None:
-    """Have somebody look at a study that a series was settled of, once per bucket."""
+    """Have a worker look later at a study of which a series has settled, once per bucket."""
     now = clock()
-    told = SettlingStudy(study_uid=study_uid, bucket=bucket_of(now, quiet.quiet_s), first_seen=now)
+    settling = SettlingStudy(study_uid=study_uid, bucket=bucket_of(now, quiet.quiet_s), first_seen=now)
     delay = delay_s(quiet.quiet_s, quiet.quiet_s)
-    marker = keys.study_markers(study_uid) + told.bucket
-    await send_once(marker, lambda: _look_later(told, now, delay, publish=publish), objects=objects)
+    marker = keys.study_markers(study_uid) + settling.bucket
+    await send_once(marker, lambda: _look_later(settling, now, delay, publish=publish), objects=objects)
 
 
 async def settle(
@@ -61,8 +61,8 @@ async def settle(
 ) -> None:
     """Look at a study, and if it is quiet give it to the MAPs that read a study as a whole.
 
-    Afterwards the record of what was decided is stored, and each MAP was sent one request. May run twice: of the same
-    study the same follows.
+    Afterwards the record of what was decided is stored, and each MAP was sent one request. It may run
+    twice: the same study gives the same outcome.
 
     Raises:
         Unprocessable: `study_gone`, `invalid_revision`, `invalid_record`.
@@ -112,16 +112,16 @@ async def is_superseded(task: InferenceTask, *, objects: ObjectStore) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """A study as its listing has it."""
+    """The state of a study, as read from the listing of its objects."""
 
     revisions: dict[str, list[Document[Revision]]]
-    """By series UID."""
+    """The revisions of each series, by its UID."""
     settled: tuple[datetime, ...]
-    """When the newest of each series was stored."""
+    """The time at which the newest revision of each series was stored."""
     changed: tuple[datetime, ...]
-    """When each series received something last: an instance, or a revision."""
+    """The times at which each series last received an instance and a revision."""
     unsettled: bool
-    """Whether a series has instances that are newer than its newest revision."""
+    """True if a series has instances that are newer than its newest revision."""
 
     @classmethod
     def of(cls, listing: Sequence[ObjectSummary]) -> "_Listing":

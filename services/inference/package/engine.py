@@ -25,11 +25,11 @@ from shared.config import Misconfigured
 Kind = Literal["docker", "podman", "nerdctl"]
 ENGINES: tuple[Kind, ...] = ("docker", "podman", "nerdctl")
 ANSWER_S, PULL_S = 120, 3600
-"""Seconds that an engine gets to answer, and to pull an image or copy one's files."""
+"""Seconds that an engine gets to answer, and those to pull an image or copy its files."""
 NOBODY = 1000
-"""User and group of a MAP where this process is root: packagers give their images the user 1000."""
+"""The user and group of a MAP if this process is root: packagers give their images the user 1000."""
 PROCESSES = 4096
-"""Processes and threads of a MAP: torch starts some per core, a fork bomb wants all."""
+"""The most processes and threads of a MAP: torch starts some per core, a fork bomb wants all."""
 _ECR = re.compile(r"(?P<account>\d{12})\.dkr\.ecr(-fips)?\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?(?=/)")
 
 
@@ -42,9 +42,9 @@ class Inspected:
     """What the engine knows of an image on this machine."""
 
     id: str
-    """Digest of its configuration: 64 hex digits."""
+    """The digest of the image's configuration: 64 hex digits."""
     digests: tuple[str, ...]
-    """`REPOSITORY@sha256:…`, for each registry that it came from or went to."""
+    """The image's names `REPOSITORY@sha256:…`, one for each registry that it came from or went to."""
     environment: Mapping[str, str]
     entrypoint: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Inspected:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def pinned(self, reference: str) -> str | None:
-        """Return `REPOSITORY@sha256:…` of the repository that `reference` names; None where it has none."""
+        """Return `REPOSITORY@sha256:…` of the repository that `reference` names; None if it has none."""
         repository = repository_of(reference)
         # A short name stands for one of localhost, or of the registry that the engine looks into first.
         return next((one for one in self.digests if f"/{one.partition('@')[0]}".endswith(f"/{repository}")), None)

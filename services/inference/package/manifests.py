@@ -34,11 +34,12 @@ KEYS = {
     ),
     "resources": RESOURCES,
 }
-"""What the specification and the packagers write. An `app.yaml` holds the application's own settings as well."""
+"""The keys that the specification and the packagers write, by file. An `app.yaml` holds the application's own
+settings as well."""
 
 
 class BrokenMap(Misconfigured):
-    """A source that is no MAP, or a MAP that cannot be used; the text says what is wrong and what to do."""
+    """A source that is not a MAP, or a MAP that cannot be used; the text says what is wrong and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Needs:
     """What a MAP asks for. None: its manifests do not say."""
 
     timeout_s: float | None = None
-    """Wall seconds for one study."""
+    """Wall seconds that the MAP asks for per study."""
     cpu: float | None = None
     memory_bytes: int | None = None
     gpu: int = 0
@@ -70,10 +71,10 @@ class Manifests:
     """The folder that the program lies in."""
     model_root: str
     models: Mapping[str, str] = field(default_factory=dict)
-    """Where each model lies, by name."""
+    """The path of each model, by its name."""
     working_directory: str = ""
     input: str = ""
-    """Where a study is mounted; absolute, or relative to the working directory."""
+    """The path at which a study is mounted; absolute, or relative to the working directory."""
     output: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)

@@ -7,8 +7,8 @@ made by App SDK 0.x, in `/etc/monai` and `/opt/monai`.
 
 A version is known by the digest of its files. Of a folder these are all but hidden files, compiled Python and virtual
 environments. Of one Python file they are that file, what it imports from its own folder as far as its import statements
-tell, and what else is read of such a folder: `app.yaml`, `requirements.txt` and the models. Whatever else lies there is
-none of it, for it may be anybody's home.
+tell, and what else is read of such a folder: `app.yaml`, `requirements.txt` and the models. Other files there do not
+belong to it: the folder may be somebody's home.
 """
 
 import ast
@@ -28,17 +28,17 @@ from shared.config import Misconfigured
 DIGEST_LENGTH = 32
 CHUNK_BYTES = 1024 * 1024
 ENTRIES = ("app.py", "__main__.py")
-"""Where the `Application` is looked for, as in the examples of the App SDK."""
+"""The files in which the `Application` is looked for, as in the examples of the App SDK."""
 MODEL_FOLDERS = ("models", "model")
 BESIDE = ("app.yaml", "requirements.txt", *MODEL_FOLDERS)
-"""What belongs to a program that is one file, beside what it imports."""
+"""The files and folders that belong to a program of one file, beside what it imports."""
 PYCACHE = "__pycache__"
 VENV = "pyvenv.cfg"
 """The file in the root of every virtual environment (PEP 405)."""
 MOST_FILES, MOST_BYTES = 10_000, 100 << 30
 """The most that a MAP may hold; a larger folder is probably another one than was meant, and would be read for hours."""
 CONFIG_FOLDERS = ("config", "etc", ".")
-"""Where an unpacked MAP has its manifests."""
+"""The folders in which an unpacked MAP may have its manifests."""
 FAMILIES = ("holoscan", "monai")
 """Names of the folders and variables of a MAP: those of today, and those of App SDK 0.x."""
 VARIABLES = {
@@ -49,7 +49,7 @@ VARIABLES = {
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Where the MAP is an image on this machine."""
+    """The image that a MAP is, on this machine."""
 
     engine: Engine
     reference: str
@@ -67,21 +67,21 @@ class Map:
     place: Path | None
     """The folder, or the Python file, that its digest is of; None for an image."""
     digest: str
-    """Another program or another model is another MAP: of the folder's content, or of the image."""
+    """The digest of the folder's content, or of the image: another program or another model is another MAP."""
     application: str
     """The folder or the Python file of the program."""
     python: str = sys.executable
     """The interpreter that has what the program imports."""
     command: tuple[str, ...] = ()
-    """What runs the program once, from the command line."""
+    """The command line that runs the program once."""
     models: str | None = None
     """Folder with the models; a MAP may have none."""
     own_environment: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """What its manifests ask for, and where its models are: some programs read that when they are imported."""
+    """The variables that its manifests ask for, and the path of its models: some programs read them on import."""
     needs: Needs = field(default_factory=Needs)
     image: Image | None = None
     manifests: Manifests | None = field(default=None, hash=False)
-    """What an unpacked MAP or an image says of itself."""
+    """The manifests of an unpacked MAP or an image; a folder of source has none."""
 
     def environment(self, input_folder: str, output_folder: str, work_folder: str) -> dict[str, str]:
         """Return the variables that tell the program where a study is, in the names of both families."""
@@ -94,7 +94,7 @@ class Map:
     def copied_to(self, folder: Path) -> "Map":
         """Copy its files into an empty folder, and return the MAP as it is there; an image's stay where they are.
 
-        What lies beside them and is no part of it is linked: a virtual environment may be needed.
+        What lies beside them without being part of it is linked: a virtual environment may be needed.
 
         Raises:
             BrokenMap: there are far too many by now.

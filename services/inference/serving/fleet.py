@@ -3,8 +3,9 @@
 Theory of operation. The routing table is read again every few seconds, and the MAPs' sources are looked at once a
 minute: the digest that ECR has for a tag, the id that the engine has for an image of this machine, the files of a
 folder. What changed is fetched beside the version that serves, and tried (`trial`). Then it serves from the next study
-on; or it does not, the one that served goes on, and `map.rejected` says so. Requests that were made for another version
-are asked for again under the digest that serves (`handler.infer`), so no result names a version that did not make it.
+on; or it is rejected, `map.rejected` says so, and the version that served goes on. Requests that were made for another
+version are asked for again under the digest that serves (`handler.infer`), so no result names a version that did not
+make it.
 
 What serves and what was rejected is remembered in S3 (`versions`). A worker that starts begins with the image that
 served, whatever its tag points at by now, and tries the new one at its next look. Of a folder there is only what lies
@@ -33,7 +34,7 @@ from shared.log import get_logger
 from shared.metrics import Metrics
 
 OF_ITS_PLACE = {"name", "source", "python", "isolation", "deadline_s"}
-"""What of a route says which program runs, and how; the rest says on what, and where its results go."""
+"""The keys of a route that say which program runs, and how; the others say on what, and where its results go."""
 log = get_logger()
 
 
@@ -49,7 +50,7 @@ class Fleet:
     maps: dict[str, InstalledMap] = field(default_factory=dict)
     _looked_at: dict[str, Route] = field(default_factory=dict)
     _stamps: dict[str, str] = field(default_factory=dict)
-    """Of each MAP, the source that was followed last: it serves, or was rejected."""
+    """The stamp of each MAP's source that was followed last: it serves, or was rejected."""
 
     # At the start.
 
@@ -70,7 +71,7 @@ class Fleet:
             raise Misconfigured(f"{place}: {error}.") from None
 
     async def start(self, runner: MapRunner) -> None:
-        """Start every MAP now, and remember what serves; what another version served before is tried first.
+        """Start every MAP now, and remember what serves; a version that has not served yet is tried first.
 
         Raises:
             Misconfigured: a MAP cannot be imported, or fails its trial: a mistake of the deployment, not of a study.
@@ -137,10 +138,10 @@ class Fleet:
     async def look(self, runner: MapRunner, *, sources: bool = True) -> None:
         """Look at the table, and at the sources of what it names or only of what is new there; follow what changed."""
         await self.table.read_again()
-        # What the table names no more leaves.
+        # Remove what the table names no more.
         for name in self._looked_at.keys() - self.table.routes.keys():
             await self._remove(name, runner)
-        # What it names serves by the newest route, and from the newest source that is good.
+        # Serve what it names by the newest route, and from the newest source that is good.
         for name, route in self.table.routes.items():
             self._reroute(name, route)
             before = self._looked_at.get(name)
@@ -164,9 +165,9 @@ class Fleet:
             log.info("map.rerouted", map=name)
 
     async def _follow_if_possible(self, route: Route, runner: MapRunner) -> None:
-        """Whatever is the matter with a source or its registry, what serves goes on.
+        """Follow one source; whatever is the matter with it or its registry, what serves goes on.
 
-        That holds also while files of a folder come and go, because somebody copies a new version into it.
+        That holds also while files of a folder come and go, because a new version is being copied into it.
         """
         try:
             await self._follow(route, runner)
@@ -178,7 +179,7 @@ class Fleet:
 
     async def _follow(self, route: Route, runner: MapRunner) -> None:
         """Bring in the source of one MAP, if it changed since it was followed last."""
-        # Has it changed?
+        # Look: has it changed?
         name = route.name
         before = self._looked_at.get(name)
         if before is None or not _same_program(before, route):
@@ -188,7 +189,7 @@ class Fleet:
         if stamp == self._stamps.get(name):
             return
 
-        # Is it another version, and one that nobody has rejected?
+        # Fetch: is it another version, and one that was not rejected?
         found = await self.sources.fetch(route)
         installed = self.maps.get(name)
         if not installed or found.digest != installed.map.digest or not _same_program(installed.route, route):
@@ -197,7 +198,7 @@ class Fleet:
             else:
                 await self._take_over(found, route, runner, installed.map.digest if installed else None)
 
-        # It was followed. Not before: what could not be tried to its end is tried again.
+        # Remember it, and not before: what could not be tried to its end is tried again.
         self._stamps[name] = stamp
 
     # A new version.
@@ -236,8 +237,8 @@ class Fleet:
         """Have as much of the GPUs as what serves asks for, with `found` instead of the version that serves.
 
         Raises:
-            Unavailable: there is no room for it now.
-            Misconfigured: there never is.
+            Unavailable: the GPUs have no room for it now.
+            Misconfigured: it asks for more than the GPUs have.
         """
         wanted = {name: one.map for name, one in self.maps.items()} | ({found.name: found} if found else {})
         if not await asyncio.to_thread(self.gpus.cover, [one.needs for one in wanted.values()]):

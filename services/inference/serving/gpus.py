@@ -1,11 +1,11 @@
 """The GPUs of this machine, shared by its workers by the memory that their MAPs ask for.
 
-Theory of operation. CUDA gives memory to whoever comes first, and fails whoever comes last, in the middle of a study.
+Theory of operation. CUDA gives memory to the process that comes first, and fails the one that comes last, in mid-study.
 So each worker writes down what its MAPs ask for before it starts them: a file per worker and GPU in a folder that all
 workers of the machine share, with the bytes in it, and locked for as long as the worker lives. The kernel releases the
-lock however the worker ends, so a file without a lock is nobody's. Who finds no room waits: in a replacement of workers
-the one before is about to end. A MAP that comes later, with a new table or in a new version, is reserved for before it
-is tried; without room for it, it is tried again at the next look, and what serves goes on.
+lock however the worker ends, so a file without a lock has no owner. A worker that finds no room waits: when workers are
+replaced, the one before is about to end. Memory for a MAP that comes later, with a new table or in a new version, is
+reserved before it is tried; without room for it, it is tried again at the next look, and what serves goes on.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ QUERY_S = 60
 WAIT_S = 2
 MIB = 1 << 20
 DIGITS = 20
-"""The width of a number in such a file: a number that replaces another one is as long."""
+"""The width of the number in a worker's file: one that replaces another must be as long."""
 log = get_logger()
 
 
@@ -61,12 +61,12 @@ class Share:
     def __init__(self, folder: Path, allowed: Sequence[str]) -> None:
         """Hold nothing yet.
 
-        `folder` is the same for all workers of the machine; `allowed` names devices by number or UUID, all where it is
-        empty.
+        `folder` is the same for all workers of the machine; `allowed` names devices by number or UUID; if it is empty,
+        all are.
         """
         self._folder, self._allowed = folder, tuple(allowed)
         self._held: dict[str, int] = {}
-        """The locked files that say how much, by the UUID of the device."""
+        """The descriptors of the locked files that hold the reserved bytes, by the UUID of the device."""
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ START = (
     "import sys; sys.path[0] = sys.argv.pop(1); from services.inference.serving.maphost import main; main(sys.argv[1:])"
 )
 CONTAINER_WORK = "/radqueue/work"
-"""Where a container sees the folder that holds the running study and nothing else."""
+"""The path at which a container sees the folder that holds the running study and nothing else."""
 VMSTAT = Path("/proc/vmstat")
 GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -74,9 +74,9 @@ class Run:
     error_type: str = ""
     where: str = ""
     rss_bytes: int = 0
-    """Resident memory of a warm process after the study."""
+    """Bytes of resident memory of a warm process after the study."""
     was_first: bool = True
-    """Whether the process had run no other study before."""
+    """True if the process had run no other study before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Serving:
     isolation: Literal["warm", "process"] = "warm"
     """`process`: a process of its own for each study, by the MAP's own command."""
     deadline_s: float | None = None
-    """Wall seconds for one study, where the MAP's own timeout is not what is wanted."""
+    """Wall seconds for one study, if they are to replace the MAP's own timeout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +95,17 @@ class Bounds:
 
     deadline_s: float = 600
     start_deadline_s: float = 300
-    """Wall seconds to be imported."""
+    """Wall seconds that a MAP gets to be imported."""
     recycle_after: int = 1000
-    """Studies of one process."""
+    """The number of studies after which a process is replaced."""
     growth_bytes: int = 2 << 30
-    """Resident memory of a process beyond what it had after its first study."""
+    """Bytes of resident memory that a process may gain after its first study."""
     memory_bytes: int | None = None
-    """Address space of a process, memory of a container."""
+    """Bytes of address space of a process, or of memory of a container."""
     processes: int | None = None
-    """Processes and threads; a container has a bound of its own."""
+    """The number of processes and threads that a MAP may start; a container has a bound of its own."""
     gpus: tuple[str, ...] = ()
-    """Numbers or UUIDs; none named: whatever there is."""
+    """The GPUs that MAPs may use, by number or UUID; if none is named, all of the machine."""
 
 
 class Host:
@@ -115,30 +115,30 @@ class Host:
         """Remember how to run it; the process starts with `start`."""
         self.map = found
         self._program = found
-        """What is run: of a folder a copy, for the folder may change while the version that was in it serves."""
+        """The MAP that is run: a copy of its folder, which may change while the version that was in it serves."""
         self._copy: ExitStack | None = None
-        """Removes it."""
+        """Removes the copy of the folder when it is closed."""
         self.isolation = serving.isolation
         self.bounds = bounds
         self.deadline_s = serving.deadline_s or found.needs.timeout_s or bounds.deadline_s
-        """What was set for this MAP, else its own timeout, else what holds for all."""
+        """Wall seconds for one study: what was set for this MAP, else its own timeout, else what holds for all."""
         self.child: Child | None = None
         self.studies = 0
-        """Those of the process that runs now."""
+        """The number of studies that the process which runs now was given."""
         self.first_rss_bytes = 0
         self.device = ""
-        """What the first process found."""
+        """The device that the last start found: `cuda` or `cpu`; empty before the first."""
         self._folder: Path | None = None
-        """What the container sees of this machine, or what the process of a folder's MAP is started with."""
+        """The folder that the container sees of this machine, or that the process of a folder's MAP is started with."""
 
     async def start(self) -> None:
         """Start the process, if none runs, and have it import the MAP.
 
         Raises:
             ChildFailed: the MAP cannot be imported.
-            MapChanged: it must not be.
+            MapChanged: its folder holds another version by now.
             Unavailable: its files cannot be copied.
-            WorkerUnfit: it cannot be here.
+            WorkerUnfit: it cannot be served by this worker.
         """
         try:
             device = await self._started()
@@ -183,7 +183,7 @@ class Host:
         if replaced:
             log.warning("map.replaced", map=self.map.name, what=replaced)
             return replace(run, outcome="application_error", error_type="", where=f"{replaced} was replaced")
-        # What speaks of a GPU without having had one is wrong by itself: another worker would fare no better.
+        # A MAP that speaks of a GPU without having had one is wrong itself: another worker would fare no better.
         if run.outcome == "gpu_lost" and self.device != "cuda":
             return replace(run, outcome="application_error")
         if run.outcome == "crashed" and run.error_type == "SIGKILL" and _out_of_memory_kills() > kills:
@@ -209,7 +209,7 @@ class Host:
             self._folder = None
 
     async def end(self, *, kill: bool = False) -> None:
-        """Stop for good."""
+        """End the process for good, and remove the copy of the MAP's folder."""
         await self.stop(kill=kill)
         if self._copy is not None:
             await asyncio.to_thread(self._copy.close)
@@ -218,8 +218,8 @@ class Host:
     def _take_copy(self) -> None:
         """Copy the MAP's folder. Raises `MapChanged` and `Unavailable`."""
         with ExitStack() as stack:
-            made = tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True)
-            folder = Path(stack.enter_context(made))
+            temporary = tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(temporary))
             try:
                 copied = self.map.copied_to(folder)
                 if copied.changed():
@@ -294,7 +294,7 @@ def _visible(gpus: Sequence[str]) -> dict[str, str]:
 
 
 def _give_to_container(folder: Path, image: Image) -> None:
-    """Make the folder and all in it that of the user of the container, who is nobody where we are root."""
+    """Make the container's user the owner of the folder and all in it; unless we are root, that user is ours."""
     if os.geteuid() != 0:
         return
     uid, gid = map(int, image.engine.user.split(":"))

@@ -20,9 +20,9 @@ HOST_FILES = (
     "shared/child.py",
     "shared/errors.py",
 )
-"""What the child's side consists of; it needs nothing beyond the standard library."""
+"""The files of the child's side, which needs nothing beyond the standard library."""
 CONTAINER_ROOT = "/radqueue/host"
-"""Where a container sees them."""
+"""The folder in which a container sees the files of the child's side."""
 
 
 def lay_out(folder: Path, *more: str) -> Path:

@@ -8,7 +8,7 @@ process; therefore this process owns no message and nothing that is not made aga
 What an operator raises comes out of `run()` as it was raised. That no series matched has no exception of its own: the
 selector emits an empty list, and whatever operator comes next fails in its own way. So the selector is watched.
 
-Where a MAP is to have a process per study, the child imports nothing: it starts the MAP's own command, waits for it,
+If a MAP is to have a process per study, the child imports nothing: it starts the MAP's own command, waits for it,
 and reads from what it printed how it ended. That is the reference which the warm way must equal.
 
 Each study has a folder: `input`, `output`, `work`, and `log.txt`, which takes all that the MAP prints. Nothing of that
@@ -55,9 +55,9 @@ SELECTOR_MODULE = "monai.deploy.operators.dicom_series_selector_operator"
 ENTRIES = ("app.py", "__main__.py")
 OURS = ("services", "shared")
 LOG_TAIL_BYTES = 64 * 1024
-"""What is read of a log to find how a command ended."""
+"""Bytes at the end of a log that are read to find how a command ended."""
 MEMORY_WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate memory")
-"""What torch, C++ and the kernel say where memory ends; Python and NumPy raise a MemoryError."""
+"""The words of torch, C++ and the kernel when memory runs out; Python and NumPy raise a MemoryError."""
 GPU_MEMORY_WORDS = (
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -79,12 +79,12 @@ GPU_LOST_WORDS = (
     "CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error",
     "GPU is lost",
 )
-"""What the CUDA runtime says where the device or its driver is gone, whatever the study. Errors that a faulty kernel
+"""The words of the CUDA runtime when the device or its driver is gone, whatever the study. Errors that a faulty kernel
 brings about as well, such as an illegal memory access, are not among them."""
 NOTHING_SELECTED = re.compile(
     r"selected_series\[0\]\s*\n(?:\s+[~^]+\n)?IndexError|Missing expected input 'study_selected_series_list'"
 )
-"""How the SDK's operators fail when the selector selected nothing, in a traceback."""
+"""The pattern of a traceback in which the SDK's operators fail because the selector selected nothing."""
 _BEGIN = "Traceback (most recent call last):\n"
 _CAUSE = "\nThe above exception was the direct cause of the following exception:\n"
 _FRAME = re.compile(r'  File "(?P<path>[^"\n]+)", line (?P<line>\d+)')
@@ -103,12 +103,12 @@ class MapHost:
         self._program = application
         self._application: Any = None
         self._home = home
-        """Where the MAP is imported: some fix their relative paths then, and would write beside this program."""
+        """The folder in which the MAP is imported: some fix their paths then, and would write beside this program."""
         self._selected: list[int] = []
-        """How many series each selector of the running study selected."""
+        """The number of series that each selector of the running study selected."""
 
     def __call__(self, request: Start | RunApplication, progress: Progress) -> Ready | Ended:
-        """Import the MAP, if that was not done before, and run it on a study where there is one."""
+        """Import the MAP, if that was not done before, and run it on a study if the request names one."""
         del progress
         if self._application is None:
             os.chdir(self._home)
@@ -145,8 +145,8 @@ class MapHost:
         outcome = "ran" if failure is None else failure["outcome"]
         if nothing_selected and (outcome == "application_error" or not has_output):
             outcome, failure = "no_matching_series", None
-        told = {"outcome": outcome, "duration_s": duration_s, "device": _device(), "rss_bytes": _rss_bytes()}
-        return Ended(**{**told, **(failure or {})})
+        ended = {"outcome": outcome, "duration_s": duration_s, "device": _device(), "rss_bytes": _rss_bytes()}
+        return Ended(**{**ended, **(failure or {})})
 
 
 class CommandHost:
@@ -170,14 +170,14 @@ class CommandHost:
                 env=_with_cuda_runtime({**os.environ, **request.environment}),
                 preexec_fn=_prepared,
             )
-        told: Json = {"duration_s": time.perf_counter() - started, "device": _driver_device()}
+        measured: Json = {"duration_s": time.perf_counter() - started, "device": _driver_device()}
         # A container's engine tells a signal as a shell does.
         signalled = -done.returncode if done.returncode < 0 else done.returncode - 128
         if done.returncode == 0:
-            return Ended("ran", **told)
+            return Ended("ran", **measured)
         if signalled in {number.value for number in signal.Signals}:
-            return Ended("crashed", error_type=signal.Signals(signalled).name, **told)
-        return Ended(**_told_by_log(study / "log.txt", done.returncode), **told)
+            return Ended("crashed", error_type=signal.Signals(signalled).name, **measured)
+        return Ended(**_told_by_log(study / "log.txt", done.returncode), **measured)
 
 
 def _prepared() -> None:

@@ -26,12 +26,12 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        """What paths in the file are relative to: its folder; the working directory, where it is in S3."""
+        """The folder that paths in the file are relative to: its own, or the working directory if it is in S3."""
         return Path() if self.name.startswith("s3://") else Path(self.name).parent
 
     @property
     def file(self) -> str:
-        """What messages call the file: where it lies, whoever reads them knows."""
+        """The name by which messages call the file, without its folder."""
         return PurePosixPath(self.name).name
 
     async def text(self) -> str:

@@ -33,7 +33,7 @@ PACKAGES = (
     "highdicom",
 )
 STEPS = ("interpreter", "requirements", "cuda_runtime", "application", "models", "gpu")
-"""What can be asked, in this order."""
+"""The steps that a probe can be asked for, in this order."""
 
 Step = Callable[[], "dict[str, Any]"]
 
@@ -124,16 +124,16 @@ def _models(root: str) -> dict[str, Any]:
         return {"models": [], "unknown": any(path.is_file() for path in Path(root).rglob("*"))}
     found = []
     for name, model in known:
-        told = {"name": name, "kind": type(model).__name__}
+        answer = {"name": name, "kind": type(model).__name__}
         try:
             loaded = model.predictor
         except Exception as error:  # noqa: BLE001 - whatever it is that the file does
-            told["error"] = (
+            answer["error"] = (
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             )
         else:
-            told["loaded"] = type(loaded).__name__
-        found.append(told)
+            answer["loaded"] = type(loaded).__name__
+        found.append(answer)
     return {"models": found}
 
 

@@ -19,15 +19,15 @@ Ending = Literal[
     "gpu_lost",
     "crashed",
 ]
-"""How a study ended, as far as the process that ran it can tell."""
+"""The ways in which a study can end, as far as the process that ran it can tell."""
 
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """The MAP is imported, where it is to be."""
+    """The process is ready: the MAP is imported, unless each study has a process of its own."""
 
     device: str
-    """`cuda` or `cpu`."""
+    """The device that the MAP will use: `cuda` or `cpu`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Ended(Message):
     error_type: str = ""
     where: str = ""
     rss_bytes: int = 0
-    """Resident memory of a warm process after the study."""
+    """Bytes of resident memory of a warm process after the study."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 TRIED_AGAIN = {"crashed", "out_of_memory", "gpu_out_of_memory"}
-"""What may come of the studies that a process ran before."""
+"""Outcomes that the earlier studies of a process may have caused."""
 
 
 log = get_logger()
@@ -41,10 +41,10 @@ class MapRunner:
         self._bounds = bounds or Bounds()
         self._hosts = {one.name: Host(one, (serving or {}).get(one.name, Serving()), self._bounds) for one in maps}
         self._tried: dict[str, Host] = {}
-        """By name, the processes of versions that were tried and serve nobody yet."""
+        """The processes of versions that were tried and do not serve yet, by the MAP's name."""
         self._permit = asyncio.Semaphore(1)
         self.unfit: WorkerUnfit | None = None
-        """Why this worker must end, if it must."""
+        """The reason why this worker must end; None if it need not."""
 
     def use(self, gpus: tuple[str, ...]) -> None:
         """Let the MAPs that come from now on use these devices; those that are there keep what they have."""
@@ -66,7 +66,7 @@ class MapRunner:
         """Run the MAP on a study that lies in its folder; waits until no other MAP computes.
 
         Being cancelled kills the process. After any failure it is replaced, as after many studies and when its memory
-        has grown. Where earlier studies of the process may be the cause of a failure, or somebody else answered in its
+        has grown. Where earlier studies of the process may be the cause of a failure, or something else answered in its
         place, a fresh one tries again.
 
         Raises:
@@ -74,6 +74,7 @@ class MapRunner:
             Unavailable: the MAP, which could be started once, cannot be started now, cannot be copied, or serves in
                 another version than that of `digest` by now.
         """
+        # Run, and again in a fresh process if the one that ran it may be to blame.
         async with self._permit:
             host = self._hosts.get(name)
             if host is None or digest not in {None, host.map.digest}:

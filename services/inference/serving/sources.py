@@ -26,14 +26,14 @@ class Sources:
     """Where MAPs come from. Every method raises `Misconfigured` and `Unavailable`."""
 
     folder: Path
-    """What their paths are relative to."""
+    """The folder that paths in the table are relative to."""
     ecr: EcrClient
     engine: Callable[[], Engine] = Engine.find
     file: str = "maps.yaml"
-    """What messages call the table that names them."""
+    """The name by which messages call the routing table."""
 
     async def stamp(self, route: Route) -> str:
-        """Return a text that is another one when the source is: the image's digest, or what a folder's listing says."""
+        """Return a text that changes with the source: the image's digest, or what a folder's listing says."""
         if not is_image(route.source, self.folder):
             places = [self.folder / route.source, *([self.folder / route.python] if route.python else [])]
             return await asyncio.to_thread(_listing_of, places)

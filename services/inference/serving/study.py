@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOG_TAIL_BYTES = 64 * 1024
-"""Of what a MAP printed that is stored beside the result."""
+"""The most bytes of what a MAP printed that are stored beside the result."""
 LOG_HEAD_BYTES = LOG_END_BYTES = 1 << 20
-"""Of what a MAP prints that stays on disk: its beginning and its end."""
+"""Bytes of the beginning and of the end of what a MAP prints that stay on disk."""
 LOG_LOOK_S = 1
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
-"""Of linux/falloc.h."""
+"""Flags of fallocate(2), from linux/falloc.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Study:
 
     @property
     def input(self) -> Path:
-        """DICOM files."""
+        """The folder of the DICOM files that the MAP reads."""
         return self.folder / "input"
 
     @property
     def output(self) -> Path:
-        """What the MAP made."""
+        """The folder that the MAP writes its results to."""
         return self.folder / "output"
 
     def clear(self) -> None:
@@ -49,9 +49,9 @@ class Study:
             path.mkdir()
 
     def mend(self) -> str:
-        """Put folders where the MAP left something else, such as a link to what is not its own; tell the first.
+        """Put folders where the MAP left something else, such as a link to what is not its own; name the first.
 
-        Nothing is followed: whoever reads the study afterwards reads what lies in it.
+        No link is followed, so what is read of the study afterwards lies in its folder.
         """
         replaced = []
         for name in ("", "input", "output", "work"):

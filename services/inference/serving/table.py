@@ -18,16 +18,16 @@ log = get_logger()
 
 @dataclass(slots=True, kw_only=True)
 class WatchedTable:
-    """The routing table, where it lies, and the routes of its newest text that can be used."""
+    """The routing table, where it lies, and the routes of its newest usable text."""
 
     place: Place
     require: Require
     metrics: Metrics
     routes: dict[str, Route] = field(default_factory=dict)
-    """By the MAP's name."""
+    """The routes of the newest table that can be used, by the MAP's name."""
     _text: str = ""
     _refusal_logged: str = ""
-    """What was wrong with the table at the last look."""
+    """The fault of the table at the last look, which is logged only once; empty if it had none."""
 
     async def read(self) -> None:
         """Read the table. Raises `Misconfigured` if it cannot be had or used, and `Unavailable`."""

@@ -1,6 +1,6 @@
 """The trial of a new version: it must start, and run on its golden study, before it serves.
 
-What the machine is to blame for, such as memory that did not suffice, or a golden study that is not there, says nothing
+A failure that the machine is to blame for, such as too little memory, or a golden study that is not there, says nothing
 about a version: the trial is undecided, and is made again at the next look.
 """
 
@@ -83,7 +83,7 @@ def _undecided(found: Map, reason: str) -> Unavailable:
 
 
 def _only_dicom(folder: Path) -> bool:
-    """Remove what is no DICOM, as routing would not give it to a MAP either; tell whether anything is left."""
+    """Remove what is not DICOM, as routing would not give it to a MAP either; tell whether anything is left."""
     for path in folder.iterdir():
         if not outputs.claims_dicom(path):
             path.unlink()

@@ -25,7 +25,7 @@ STUDY_TAGS = {
     "AccessionNumber": "DICOMAccessionNumber",
     "StudyID": "DICOMStudyId",
 }
-"""What all image sets of a study must agree on to be primary, and what SearchImageSets calls it."""
+"""The attributes that all image sets of a study must agree on to be primary, with their names in SearchImageSets."""
 
 log = get_logger()
 
@@ -70,7 +70,7 @@ class HealthImaging:
             if not missing:
                 newest: str = max(primary, key=lambda one: one["updatedAt"])["imageSetId"]
                 return newest
-        # An older push may have left its non-primary image set behind: only after the last look it says something.
+        # An older push may have left its non-primary image set behind: it means something only after the last look.
         for image_set in others:
             if missing & await self._instances(image_set):
                 keywords = await self._conflicts(study_uid, image_set)

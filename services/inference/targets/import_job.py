@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 
 # Import jobs: https://docs.aws.amazon.com/healthimaging/latest/devguide/understanding-import-jobs.html
 STARTS = 8
-"""Starting a job is throttled to one per second or fewer; the pause doubles with each try."""
+"""How often starting a job is tried: it is throttled to one per second or fewer. The pause doubles with each try."""
 START_PAUSE_S = 1.0
 JOB_PAUSE_S = 1.0
 JOB_DEADLINE_S = 3600.0
 MANIFEST_LOOKS = 8
-"""The manifest may come some time after the job ended."""
+"""How often the manifest is looked for: it may come some time after the job ended."""
 MANIFEST = "job-output-manifest.json"
 
 log = get_logger()
 
 
 class _NotStarted(Unavailable):
-    """HealthImaging refused to start an import job: none reads what lies ready for it."""
+    """HealthImaging refused to start an import job, so no job reads the uploaded files."""
 
 
 class ImportJobs(HealthImaging):
@@ -66,14 +66,16 @@ class ImportJobs(HealthImaging):
     async def _store(self, instances: Sequence[Instance]) -> None:
         """Import the instances from a prefix of their own, which is removed unless a job may still read it.
 
-        The prefix follows from the instances, and the client's token lies in it: who comes after one that was killed,
-        or did not wait long enough, meets the same job. With the prefix the token goes, so that the next job is new.
+        The prefix follows from the instances, and the client's token lies in it: a worker that comes after one that was
+        killed, or did not wait long enough, meets the same job. The token goes with the prefix, so the next job is new.
         """
         places = _import_keys(instances)
         token, is_read = await self._token(places.token)
         keys = {f"{places.input}{one.sop_instance_uid}.dcm": one.path for one in instances}
         try:
+            # Upload.
             await all_of((partial(self._objects.upload, path, key) for key, path in keys.items()), at_once=TRANSFERS)
+            # Import, and see what became of each file.
             was_read, is_read = is_read, True
             try:
                 job_id = await self._start(places, token)
@@ -84,12 +86,13 @@ class ImportJobs(HealthImaging):
             is_read = False
             await self._check(job, set(keys))
         finally:
+            # Clean up.
             if not is_read:
                 leftovers = [item.key async for item in self._objects.list(places.prefix)]
                 await all_of((partial(self._objects.delete, key) for key in leftovers), at_once=TRANSFERS)
 
     async def _token(self, key: str) -> tuple[str, bool]:
-        """Return the token of the import, and whether somebody may have started its job already."""
+        """Return the token of the import, and whether its job may have been started already."""
         token = uuid.uuid4().hex
         if await self._objects.put_if_absent(key, token.encode()):
             return token, False

@@ -1,6 +1,6 @@
 """What a target of results is, and which one takes those of a MAP: a data store, a PACS, or S3 alone.
 
-A target that took instances has not necessarily kept them where anybody finds them: HealthImaging puts what conflicts
+A target that took instances has not necessarily kept them where they can be found: HealthImaging puts what conflicts
 with the study into a non-primary image set, which DICOMweb does not show, and an import job says COMPLETED whatever
 became of its files. So each instance that is pushed is looked for afterwards: it is shown, or the push failed.
 """
@@ -18,7 +18,7 @@ from shared.log import get_logger
 
 LOOKS = 5
 LOOK_PAUSE_S = 0.2
-"""What was stored may take a moment until it is found; the pause doubles with each look."""
+"""Seconds before the second look: a stored instance may take a moment to be found. The pause doubles with each look."""
 LONGEST_PAUSE_S = 30.0
 NEEDED: dict[TargetName, str] = {
     "healthimaging": "RADQUEUE_DATASTORE_ID",
@@ -79,13 +79,13 @@ class Targets:
     by_name: Mapping[TargetName, Target]
     default: TargetName
     originals: bool = False
-    """Whether the series that a MAP read is pushed before its results, where the MAP's route does not say."""
+    """True if the series that a MAP read is pushed before its results; the MAP's own route goes before this."""
 
     def require(self, routes: Iterable[Route], file: str) -> None:
         """See that each route's target is there; `file` is what messages call the table.
 
         Raises:
-            Misconfigured: one is not.
+            Misconfigured: a target is not there.
         """
         for route in routes:
             if route.push is not None and route.push not in self.by_name:
