@@ -1,4 +1,4 @@
-"""What a MAP wrote and printed, checked before anyone else sees it; nothing of a value ever reaches a message."""
+"""What a MAP wrote and printed, checked before it leaves the worker; nothing of a value ever reaches a message."""
 
 import json
 import mimetypes
@@ -110,7 +110,7 @@ def other_files(output: Path) -> list[MadeFile]:
 
 
 class Scrubber:
-    """Replaces what tells of the patient in a text that is stored where nobody expects it."""
+    """Replaces what tells of the patient in a text that is stored where it is not expected."""
 
     def __init__(self, sources: Iterable[Path]) -> None:
         """Read what is to be looked for from the files of the study."""
@@ -127,7 +127,7 @@ class Scrubber:
         return self._pattern.sub(SCRUBBED, text) if self._any else text
 
     def scrub_tail(self, text: bytes, n_bytes: int) -> bytes:
-        """Return the last `n_bytes` of a text, scrubbed; `text` holds LONGEST bytes more, where there are more.
+        """Return the last `n_bytes` of a text, scrubbed; `text` holds up to LONGEST bytes more.
 
         What is cut in two at its beginning cannot be recognised, and is left out.
         """

@@ -82,7 +82,7 @@ class Engine:
         """Return the engine of this machine, or the one that is named.
 
         Raises:
-            EngineFailed: there is none, or none answers.
+            EngineFailed: no engine is installed, or none answers.
         """
         if kind is not None and kind not in ENGINES:
             raise EngineFailed(f"{kind} is no container engine that is known here; there are {', '.join(ENGINES)}.")
@@ -102,14 +102,14 @@ class Engine:
         raise EngineFailed(f"no {kind or 'container engine'} was found: install docker, podman or nerdctl.")
 
     def answers(self) -> bool:
-        """Tell whether the engine works: a docker without its daemon is none."""
+        """Tell whether the engine works: a docker without its daemon does not."""
         try:
             return self._run("info", check=False).returncode == 0
         except EngineFailed:
             return False
 
     def inspect(self, reference: str) -> Inspected | None:
-        """Return what is known of the image; None where this machine does not have it."""
+        """Return what is known of the image; None if this machine does not have it."""
         done = self._run("image", "inspect", reference, check=False)
         if done.returncode != 0:
             return None
@@ -157,7 +157,7 @@ class Engine:
         return (inspected.pinned(reference) or "").rpartition("@")[2] if inspected is not None else ""
 
     def read(self, reference: str, path: str) -> bytes | None:
-        """Return the content of one file of the image; None where it has none of that path."""
+        """Return the content of one file of the image; None if it has no file at that path."""
         with self._container(reference) as container:
             return self._read(container, path)
 
@@ -196,6 +196,7 @@ class Engine:
         `name` is what `kill_command` ends it by. `gpus` are numbers or UUIDs of the devices that it may use; `needs`
         sets the limits. The image's entrypoint is replaced by `argv`, unless `own_entrypoint` is set.
         """
+        # Shut it in: no network, no rights, and a file system to read only.
         needs = needs or Needs()
         run = [
             self.program,
@@ -216,6 +217,7 @@ class Engine:
         run += ["--log-driver", "none"]
         if self.kind == "podman" and os.geteuid() != 0:
             run += ["--userns", "keep-id"]  # so that it is the same user who owns the mounted folder
+        # Limit what it may use.
         if needs.cpu is not None:
             run += ["--cpus", f"{min(needs.cpu, os.cpu_count() or 1):g}"]
         if needs.memory_bytes is not None:
@@ -223,6 +225,7 @@ class Engine:
         if needs.shared_memory_bytes is not None:
             run += ["--shm-size", str(needs.shared_memory_bytes)]
         run += self._gpu_arguments(gpus)
+        # Give it its folders and variables, then what it runs.
         for mount in mounts:
             access = "" if mount.writable else ",readonly"
             run += ["--mount", f"type=bind,source={mount.source},target={mount.target}{access}"]
@@ -287,7 +290,7 @@ def run(
     environ: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a tool to its end; `environ` is added to this process's environment, `folder` is where it works.
+    """Run a tool to its end; `environ` is added to this process's environment, `folder` is the one it works in.
 
     Raises:
         EngineFailed: with the last line that it printed, if it fails and `check` is set.
@@ -305,7 +308,7 @@ def run(
 
 
 def repository_of(reference: str) -> str:
-    """Return an image's name without its tag or digest; a registry's port is no tag."""
+    """Return an image's name without its tag or digest; a registry's port is not a tag."""
     place, slash, last = reference.partition("@")[0].rpartition("/")
     return f"{place}{slash}{last.partition(':')[0]}"
 

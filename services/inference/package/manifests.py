@@ -81,7 +81,7 @@ class Manifests:
 
 
 def read_manifests(app: bytes, pkg: bytes | None, *, family: str = "holoscan") -> Manifests:
-    """Read `app.json` and, where there is one, `pkg.json`; `family` is `holoscan`, or `monai` of App SDK 0.x.
+    """Read `app.json` and, if there is one, `pkg.json`; `family` is `holoscan`, or `monai` of App SDK 0.x.
 
     Raises:
         BrokenMap: naming the file, the key, and what was expected there.

@@ -61,7 +61,7 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """One MAP that this worker can run. Paths are of this machine or, where there is an `image`, of that."""
+    """One MAP that this worker can run. Paths are of this machine or, if there is an `image`, of that."""
 
     name: str
     place: Path | None
@@ -145,11 +145,11 @@ def load(
     """Read the MAP that the routing table names; `file` is what messages call that.
 
     `source` is a path, relative to the folder `relative_to`, or the name of an image with its tag or digest, which has
-    to be on this machine already. `python` is the MAP's own interpreter, `models` its models where they lie elsewhere.
+    to be on this machine already. `python` is the MAP's own interpreter, `models` its models if they lie elsewhere.
     Without an `engine` the machine's own is used.
 
     Raises:
-        Misconfigured: it is no MAP, or a broken one.
+        Misconfigured: the source is not a MAP, or a broken one.
     """
     try:
         return read_source(name, source, relative_to=relative_to, python=python, models=models, engine=engine)
@@ -169,8 +169,8 @@ def read_source(
     """Do as `load` does, for a source that is named elsewhere.
 
     Raises:
-        BrokenMap: it is no MAP, or a broken one.
-        EngineFailed: it is an image, and there is no container engine, or it does not have it.
+        BrokenMap: the source is not a MAP, or a broken one.
+        EngineFailed: it is an image, and there is no container engine, or the engine does not have it.
     """
     path = (relative_to or Path()) / source
     if is_image(source, relative_to):
@@ -252,7 +252,7 @@ def files_of(place: Path) -> list[Path]:
 
 
 def left_out(folder: Path, name: str) -> bool:
-    """Tell whether a file or folder in `folder` is no part of a MAP."""
+    """Tell whether a file or folder in `folder` is not part of a MAP."""
     return name.startswith(".") or name == PYCACHE or (folder / name / VENV).is_file()
 
 
@@ -288,7 +288,7 @@ def _import_names(path: Path) -> Iterator[str]:
     """Yield the first part of each name that a module imports."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # it will be told when it is imported
+    except (SyntaxError, ValueError):  # the import itself will report it
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

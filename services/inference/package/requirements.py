@@ -23,7 +23,7 @@ class Compared:
     differing: list[str] = field(default_factory=list)
     """Each with the version that is there."""
     unread: list[str] = field(default_factory=list)
-    """Lines that are no requirement by name: options, files, addresses."""
+    """The lines that do not require a package by name: options, files, addresses."""
 
 
 def compare(text: str, installed: Mapping[str, str], environment: Mapping[str, str]) -> Compared:

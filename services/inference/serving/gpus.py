@@ -42,7 +42,7 @@ class Gpu:
 
 
 def installed() -> list[Gpu]:
-    """Return the GPUs of this machine, as the driver tells them; none where there is no driver."""
+    """Return the GPUs of this machine, as the driver lists them; an empty list without a driver."""
     if shutil.which(QUERY[0]) is None:
         return []
     done = subprocess.run(QUERY, check=False, capture_output=True, text=True, timeout=QUERY_S)

@@ -146,7 +146,7 @@ class Host:
             if not failed.broke_protocol:
                 raise
             device = await self._started()  # what was heard may be of an earlier study
-        # An application would go on without its GPU, a hundred times slower, and nobody would know why.
+        # An application would go on without its GPU, a hundred times slower, and leave no trace of why.
         if self.device == "cuda" and device != "cuda":
             raise GpuLost
         self.device = device

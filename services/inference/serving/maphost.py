@@ -254,7 +254,7 @@ def import_application(program: Path) -> Any:
     """Import the program, and return its one `Application` that no other one is derived from.
 
     Raises:
-        NoApplication: there is none, or more than one.
+        NoApplication: the module defines none, or more than one.
     """
     # Before anything can import the SDK.
     _raise_stack_limit()
@@ -303,7 +303,7 @@ def _import_module(entry: Path) -> ModuleType:
 
 
 def _silence_pydicom() -> None:
-    """Read values as they are: one that the standard forbids is no reason to lose an image, nor to be printed."""
+    """Read values as they are: a value that the standard forbids must not lose an image, nor be printed."""
     if importlib.util.find_spec("pydicom") is None:
         return
     config: Any = importlib.import_module("pydicom.config")
@@ -460,9 +460,9 @@ def _rss_bytes() -> int:
 
 
 def _end_with(requests: int) -> None:
-    """End this process when nobody can write to the pipe any more: in a container its parent is none of ours."""
+    """End this process when the pipe can be written to no more: in a container, its parent is not our process."""
     watched = select.poll()
-    watched.register(requests, 0)  # whose end is told although nothing is asked for
+    watched.register(requests, 0)  # poll reports the end of a pipe even if it is asked for nothing
     watched.poll()
     os._exit(0)
 
@@ -470,7 +470,7 @@ def _end_with(requests: int) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Serve; the one argument is `{"application": PATH, "home": PATH}`, or `{}` to run commands.
 
-    `"container"` says where this is; there nobody needs to name a `"home"`.
+    With `"container"`, it runs in a container, and needs no `"home"`.
     """
     (said,) = arguments
     asked = json.loads(said)

@@ -1,7 +1,7 @@
 """What a MAP's own interpreter has: `preflight` runs this there, on this machine or in the MAP's container.
 
-It prints a JSON document per line, `{"begin": STEP}` before each step and `{"end": STEP, …}` after it: where one of
-them ends the process, what was begun last is to blame. Needs the standard library (of Python 3.9 or later) and
+It prints a JSON document per line, `{"begin": STEP}` before each step and `{"end": STEP, …}` after it: if one of
+them ends the process, the step begun last is to blame. It needs the standard library (of Python 3.9 or later) and
 `services.inference.serving.maphost`, with which it imports the MAP as the worker will.
 """
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     """Probe the MAP whose program and models (or an empty text) are named, in the steps that are named after them."""
     program, models = Path(arguments[0]), arguments[1]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the MAP prints when it is imported is none of our answers
+    os.dup2(2, 1)  # what the MAP prints on import does not belong to our answers
     steps: dict[str, Step] = {
         "interpreter": _interpreter,
         "requirements": lambda: _requirements(program),

@@ -1,4 +1,4 @@
-"""A PACS, or whatever else takes STOW-RS and answers QIDO-RS (PS3.18)."""
+"""A PACS, or another server that takes STOW-RS and answers QIDO-RS (PS3.18)."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ QIDO_PAGE = 1000
 
 
 class DicomWebTarget:
-    """Whatever takes STOW-RS and answers QIDO-RS."""
+    """A server that takes STOW-RS and answers QIDO-RS."""
 
     name: TargetName = "dicomweb"
 

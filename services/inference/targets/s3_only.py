@@ -7,7 +7,7 @@ from services.inference.targets.target import Instance
 
 
 class S3Only:
-    """Results stay where they are stored."""
+    """The target that pushes nothing: results stay where they are stored."""
 
     name: TargetName = "s3"
 

@@ -11,7 +11,7 @@ from shared.errors import Unavailable
 from shared.log import get_logger
 
 BATCH_BYTES = MAX_STORE_BYTES * 9 // 10
-"""Instances in one STOW-RS request; the rest is for its multipart headers."""
+"""Bytes of the instances in one STOW-RS request; its multipart headers take the rest of what is allowed."""
 OURS = {401, 403, 404, 408}
 """HTTP statuses that speak about our permission or our address, not about the instances."""
 
