@@ -46,7 +46,7 @@ class Client:
     """The bucket, the queues and HealthImaging. Every method raises `Refused` where AWS does not do as asked."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        """Read the standard variables. Raises `Misconfigured` where the region or the credentials are missing."""
+        """Read the standard variables. Raises `Misconfigured` if the region or the credentials are missing."""
         self.settings = load(ClientSettings, environ)
         self.bucket = self.settings.bucket
         self.region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or ""
@@ -66,7 +66,7 @@ class Client:
     # The bucket.
 
     def get(self, key: str) -> bytes | None:
-        """Return the object, or None where there is none."""
+        """Return the object, or None if there is none."""
         with self._explained():
             try:
                 body: bytes = self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
@@ -77,7 +77,7 @@ class Client:
         return body
 
     def read(self, document: Document[Model]) -> Model | None:
-        """Return what a document holds, or None where there is none."""
+        """Return what a document holds, or None if there is none."""
         body = self.get(document.key)
         try:
             return None if body is None else document.parse(body)
@@ -89,7 +89,7 @@ class Client:
         return self.modified(key) is not None
 
     def modified(self, key: str) -> datetime | None:
-        """Return when the object was written, or None where there is none."""
+        """Return when the object was written, or None if there is none."""
         with self._explained():
             try:
                 when: datetime = self._s3.head_object(Bucket=self.bucket, Key=key)["LastModified"]
@@ -191,7 +191,7 @@ class Client:
     # HealthImaging.
 
     def image_set(self, image_set_id: str) -> dict[str, Any] | None:
-        """Return what GetImageSet says, or None where there is no such image set."""
+        """Return what GetImageSet says, or None if there is no such image set."""
         with self._explained():
             try:
                 found: dict[str, Any] = self._imaging.get_image_set(

@@ -78,7 +78,7 @@ def moved_back(
 
 
 def place_of(client: Client, role: str) -> Place:
-    """Find a queue and its dead-letter queue. Raises `Refused`, and `Misconfigured` where there is no such role."""
+    """Find a queue and its dead-letter queue. Raises `Refused`, and `Misconfigured` if there is no such role."""
 
     async def found() -> Place:
         with sqs_of(client) as sqs:

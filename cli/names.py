@@ -9,7 +9,7 @@ NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 def name(text: str) -> str:
-    """Return a name of a dataset, a class or a request. Raises `WrongUsage` where it is none."""
+    """Return a name of a dataset, a class or a request. Raises `WrongUsage` if it is none."""
     try:
         return NAME.validate_python(text)
     except ValidationError:

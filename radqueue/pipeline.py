@@ -75,23 +75,23 @@ class Picture:
     """One grey frame of a DICOM file."""
 
     values: Images
-    """(rows, columns) in modality units, HU in CT."""
+    """The pixels, (rows, columns), in modality units, HU in CT."""
     modality: str
     pixel_spacing_mm: tuple[float, ...] | None
-    """Between rows, between columns."""
+    """The distances between rows and between columns."""
     inverted: bool
-    """Low values are bright (MONOCHROME1)."""
+    """True if low values are bright (MONOCHROME1)."""
     patient: str
-    """What stands for the patient, or for the study of an unknown one: a hash."""
+    """A hash that stands for the patient, or for the study if the patient is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round of training, as a report tells it."""
+    """One round of training, as a report shows it."""
 
     distance: Distance
     config: Path
-    """The file as it was in that round."""
+    """The config.js as it was in that round."""
     duration_s: float
 
 
@@ -220,13 +220,13 @@ def generate_report(rounds: Sequence[Round], images: Images, out: Path | str, *,
     folder, now = Path(out), datetime.now(UTC)
     folder.mkdir(parents=True, exist_ok=True)
     save_grid(_tensor(images[:64]), folder / "images.png")
-    told = [_told(number, done, threshold) for number, done in enumerate(rounds, 1)]
-    best = min(told, key=lambda one: one.evaluation.relative_fd)
+    completed = [_completed(number, done, threshold) for number, done in enumerate(rounds, 1)]
+    best = min(completed, key=lambda each: each.evaluation.relative_fd)
     end = CompletedTraining(
         request_id=best.request_id,
         dataset=best.dataset,
         approved=best.approved,
-        rounds=len(told),
+        rounds=len(completed),
         evaluation=best.evaluation,
         config=best.config,
         generator_key="",
@@ -234,8 +234,8 @@ def generate_report(rounds: Sequence[Round], images: Images, out: Path | str, *,
         images_array_key="",
     )
     tally = Tally(month_of(now))
-    for one in told:
-        tally.add(TrainingRoundCompleted.of(one.request_id, one, time=now))
+    for each in completed:
+        tally.add(TrainingRoundCompleted.of(each.request_id, each, time=now))
     tally.add(TrainingCompleted.of(end.request_id, end, time=now))
     report = tally.report(generated_at=now)
     (folder / "report.json").write_text(report.model_dump_json(indent=1), "utf-8")
@@ -243,7 +243,7 @@ def generate_report(rounds: Sequence[Round], images: Images, out: Path | str, *,
     return folder / "report.html"
 
 
-def _told(number: int, done: Round, threshold: float) -> TrainingRound:
+def _completed(number: int, done: Round, threshold: float) -> TrainingRound:
     config = read_config(done.config.read_text("utf-8"))
     evaluation = Evaluation.model_validate(asdict(done.distance))
     return TrainingRound(

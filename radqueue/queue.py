@@ -7,7 +7,7 @@ must not be done twice; a `Document` says where a record lies, and which kind of
 radqueue's extras.
 
 These names are stable: what changes or removes one of them is told in CHANGELOG.md, and changes the second number of
-the version at least. What is not named here or in `radqueue.pipeline` is no library and may change at any time.
+the version at least. Anything that is not named here or in `radqueue.pipeline` may change at any time.
 """
 
 from shared.aws import Aws

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from types_aiobotocore_sqs import SQSClient
 
 LONGEST_POLL_S = 20
-"""https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-short-and-long-polling.html"""
+"""The longest that SQS lets a poll wait, in seconds:
+https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-short-and-long-polling.html"""
 CONNECT_TIMEOUT_S = 5
 CONNECTIONS = 50
 
@@ -45,16 +46,16 @@ class Aws:
 
     async def credentials(self) -> ReadOnlyCredentials:
         """Return the credentials that are valid now; temporary ones change, so ask before each request."""
-        found = await self.session.get_credentials()
-        if found is None:
+        credentials = await self.session.get_credentials()
+        if credentials is None:
             raise NoCredentialsError
-        frozen: ReadOnlyCredentials = await found.get_frozen_credentials()
+        frozen: ReadOnlyCredentials = await credentials.get_frozen_credentials()
         return frozen
 
 
 @asynccontextmanager
 async def connect(environ: Mapping[str, str]) -> AsyncIterator[Aws]:
-    """Open the clients. Raises `Misconfigured` where the region or the credentials are missing."""
+    """Open the clients. Raises `Misconfigured` if the region or the credentials are missing."""
     region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
     if not region:
         raise Misconfigured("AWS_REGION: not set. The region of the bucket, the queues and the data store.")

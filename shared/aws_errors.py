@@ -51,7 +51,7 @@ class Kind(StrEnum):
 
 KINDS = {
     Kind.UNAVAILABLE: {
-        # To be sent again, says S3: the other writer may not have stored anything yet, so nobody has won.
+        # S3 asks to send it again: the other writer may not have stored anything yet, so neither has won.
         "ConditionalRequestConflict",
         "InternalError",
         "InternalFailure",
@@ -108,7 +108,7 @@ KIND_OF_STATUS: dict[int, Kind] = {
     HTTPStatus.PRECONDITION_FAILED: Kind.PRECONDITION_FAILED,
     HTTPStatus.TOO_MANY_REQUESTS: Kind.UNAVAILABLE,
 }
-"""What a status says where the code is none of those above."""
+"""The kind that an HTTP status stands for, if the code is not in the list above."""
 MISCONFIGURATIONS = (NoCredentialsError, NoRegionError, PartialCredentialsError, ProfileNotFound)
 
 
@@ -140,7 +140,7 @@ def code_of(error: BaseException) -> str:
 
 
 def is_answer(error: BaseException) -> bool:
-    """Tell whether the service itself answered with this error, rather than nobody at all."""
+    """Tell whether the service itself answered with this error, rather than not answering at all."""
     return isinstance(error, ClientError)
 
 
@@ -161,7 +161,8 @@ def _is_of_this_machine(error: BaseException) -> bool:
 def answering(service: str) -> Iterator[None]:
     """Raise all that AWS raises in the block as `Unavailable`.
 
-    Of expired credentials, a policy or a throttle, too: the work is good, and can be done when they are mended.
+    This holds for expired credentials, a policy or a throttle, too: the work is good, and can be done when they are
+    mended.
     """
     try:
         yield

@@ -4,31 +4,31 @@ Theory of operation. Work that may hang, eat memory, crash or hold the interpret
 training) runs in a child, so that the service beside it keeps extending its messages and can always end the work with
 SIGKILL. The two speak one JSON document per line:
 
-    child    {"serves": PID}                                      once, before anything of others is imported
+    child    {"serves": PID}                                      once, before code of others is imported
     parent   {"id": 7, "request": {"do": "train", …}}             one call at a time
     child    {"id": 7, "pid": PID, "progress": {…}}               any number of times
     child    {"id": 7, "pid": PID, "reply": {…}}                  or "error", once
 
-What stands at the dots are frozen dataclasses, which the `protocol.py` of each child defines once for both sides. A
-request is told from others by its `do`, and names its reply in its type: `class Train(Request[Outcome])` is answered
-by an `Outcome`, which is a union where there are several, and `Child.call` returns just that. Who reads does not trust
-alike: the child belongs to its parent and takes a request as it comes, by whatever `read` its protocol has. The parent
+The dots stand for frozen dataclasses, which the `protocol.py` of each child defines once for both sides. The `do` of a
+request tells which one it is, and its type names the reply: `class Train(Request[Outcome])` is answered by an
+`Outcome`, which is a union if there are several, and `Child.call` returns just that. The two sides do not trust each
+other alike. The child belongs to its parent and takes a request as it comes, by the `read` of its protocol. The parent
 does not trust the child, in which the code of others runs: it validates each line by the types of the dataclasses,
 strictly, with pydantic, which only the parent needs.
 
-A line that is no such document, or that comes from another process than the one that serves, or in answer to another
-call than the one that waits, is a broken protocol: the child is killed, and the call fails of `ChildFailed` with
-`broke_protocol`. Nobody knows then whose words were heard, which says nothing about the work: who called tries it
-again, in a fresh process.
+A line breaks the protocol if it is not such a document, comes from another process than the one that serves, or answers
+another call than the one that waits. The child is then killed, and the call fails with a `ChildFailed` that says
+`broke_protocol`. It is unknown then who wrote the line, and nothing is known about the work: the caller tries it again,
+in a fresh process.
 
 What an application leaves behind cannot answer in the place of the child. The child keeps both pipes for itself, on
 descriptors that are closed on exec and after a fork, and leaves /dev/null as standard input and standard error as
-standard output: what a library prints, or a program that it started reads, is nothing of the protocol. A process that
+standard output: what a library prints, or a program that it started reads, is not part of the protocol. A process that
 an application forked, and that comes back to where the child called the application, ends there (`end_if_forked`): two
-processes that both believe to be the child would share its next call, its files and its reply.
+processes that both take themselves for the child would share its next call, its files and its reply.
 
-A child leads its own process group: killing it takes what it started along. What left the group is found by a mark in
-its environment, which every process inherits, and is killed as well. The child asks the kernel to be killed when its
+A child leads its own process group, so what it started is killed along with it. What left the group is found by a mark
+in its environment, which every process inherits, and is killed as well. The child asks the kernel to be killed when its
 parent dies (PR_SET_PDEATHSIG), so a SIGKILL of the service leaves no orphan computing. Its end is seen by a pidfd, not
 by the end of its pipes: what it started may have inherited those.
 
@@ -68,13 +68,13 @@ PIPE_GRACE_S = 1.0
 """Seconds to read what is left in a pipe after its writer ended."""
 PR_SET_PDEATHSIG = 1
 BROKEN_PROTOCOL = "protocol"
-"""In place of a signal or an exit code, what became of a child that was killed for what it said."""
+"""The error type of a child that was killed for what it said, in place of a signal or an exit code."""
 MARK = "RADQUEUE_CHILD_MARK"
 """The variable that a child and all its descendants have in common."""
 
 Json = dict[str, Any]
 Progress = Callable[[Any], None]
-"""What hears of progress: of documents as the request's `news` has them."""
+"""A function that is given progress: the messages whose type the request's `news` names."""
 Reply = TypeVar("Reply")
 News = TypeVar("News")
 Asked = TypeVar("Asked")
@@ -90,7 +90,7 @@ class Request(Message, Generic[Reply]):
     """What a child is asked to do; its type names the message that answers it."""
 
     news: ClassVar[Any] = None
-    """The type of what the child tells on its way; None where it tells nothing."""
+    """The type of the progress that the child reports; None if it reports none."""
 
 
 class ChildFailed(RuntimeError):  # noqa: N818 - it states what became of the call
@@ -110,7 +110,7 @@ class ChildFailed(RuntimeError):  # noqa: N818 - it states what became of the ca
 
     @property
     def broke_protocol(self) -> bool:
-        """Whether something was heard that was no answer to the call: another try, in a fresh process, may be well."""
+        """Whether something else than an answer to the call was read: another try, in a fresh process, may work."""
         return self.error_type == BROKEN_PROTOCOL
 
 
@@ -153,9 +153,9 @@ class Child:
         self._stderr = bytearray()
         self._lock = asyncio.Lock()
         self._ids = itertools.count(1)
-        """Of calls: no process of this child is asked by an id that another one was asked by."""
+        """The ids of calls, which no two processes of this child share."""
         self._serving: int | None = None
-        """The process that may answer, by its own number, which is another one in a container or below a launcher."""
+        """The id of the process that may answer, as it names itself: in a container it has another one for us."""
         self.calls = 0
         """Calls answered by the process that runs now."""
 
@@ -230,7 +230,7 @@ class Child:
         await self._exited.wait()
         await _returncode(process)
         if self._stderr_task is not None:
-            # All that the child printed is in the pipe, whose end never comes while somebody else holds it open.
+            # All that the child printed is in the pipe, whose end never comes while another process holds it open.
             await asyncio.wait([self._stderr_task], timeout=PIPE_GRACE_S)
             self._stderr_task.cancel()
         process._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001 - the only way to let go of the pipes
@@ -300,7 +300,7 @@ class Child:
     async def _answer(
         self, stdout: asyncio.StreamReader, number: int, request: Request[Reply], on_progress: Progress | None
     ) -> _Answer[Reply, Any] | None:
-        """Read up to the answer to call `number`, telling progress on the way; None where the pipe ends before it.
+        """Read up to the answer to call `number`, telling progress on the way; None if the pipe ends before it.
 
         Raises:
             ChildFailed: the protocol is broken.
@@ -346,19 +346,19 @@ class _Error(Message):
 
 @dataclass(frozen=True)
 class _Answer(Message, Generic[Reply, News]):
-    """A line of the child's."""
+    """A line that the child writes."""
 
     id: int
-    """Of the call."""
+    """The id of the call."""
     pid: int
-    """Of the process that wrote it."""
+    """The id of the process that wrote the line, as it names itself."""
     progress: News | None = None
     reply: Reply | None = None
     error: _Error | None = None
 
     @property
     def is_whole(self) -> bool:
-        """Whether it tells one thing."""
+        """Whether the line holds exactly one of the three."""
         return [self.progress, self.reply, self.error].count(None) == 2  # noqa: PLR2004 - of three
 
 
@@ -373,7 +373,7 @@ def _reader(asked: Any) -> TypeAdapter[_Answer[Any, Any]]:
 
 
 async def _returncode(process: asyncio.subprocess.Process) -> int:
-    """Return it, of a process that has ended: asyncio hears of that a moment after the kernel told us."""
+    """Return the code of a process that has ended: asyncio hears of the end a moment after the kernel told us."""
     while process.returncode is None:  # noqa: ASYNC110 - there is no event for it
         await asyncio.sleep(0.001)
     return process.returncode
@@ -396,7 +396,7 @@ def _kill_marked(mark: str) -> None:
 def _marked(mark: str) -> set[int]:
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended, or is somebody else's
+        with contextlib.suppress(OSError):  # it ended, or belongs to another user
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.add(int(folder.name))
     return found

@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class Stop(asyncio.Event):
-    """Set when the process is to end. Until somebody heeds it, the start of the process is simply cancelled."""
+    """An event that is set when the process is to end. Until it is heeded, the start of the process is cancelled."""
 
     heeded = False
 
@@ -24,14 +24,14 @@ def heed(stop: asyncio.Event) -> None:
 
 
 class KeyedLocks:
-    """A lock per key, inside one process: `async with locks(key): …`. A lock lives as long as somebody uses it.
+    """A lock per key, inside one process: `async with locks(key): …`. A lock lives as long as it is used.
 
     It saves doing the same work twice at the same moment and protects nothing: two processes may still do the same
     thing, and their outcome must be one result.
     """
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Begin without locks."""
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def __call__(self, key: str) -> asyncio.Lock:

@@ -1,4 +1,4 @@
-"""Settings: read once from the environment, checked, and explained where they are wrong."""
+"""Settings: read once from the environment, checked, and explained if they are wrong."""
 
 import os
 import tempfile
@@ -12,7 +12,7 @@ PREFIX = "RADQUEUE_"
 
 
 class Misconfigured(Exception):  # noqa: N818 - it states a fact about the settings
-    """The environment does not hold usable settings; the text has one line for each, without values."""
+    """The environment does not hold usable settings; the text has one line for each that is wrong, without values."""
 
 
 class ServiceSettings(BaseModel):
@@ -45,7 +45,7 @@ class ServiceSettings(BaseModel):
     metrics_flush_s: float = Field(default=15, gt=0)
     """Seconds between two sends of metrics to CloudWatch."""
     work_dir: Path = Path(tempfile.gettempdir()) / f"radqueue-{os.getuid()}"
-    """Where temporary files lie, patients' images too; what a killed process left goes at the next start."""
+    """The folder of temporary files, patients' images too; what a killed process left there goes at the next start."""
     retry_base_s: float = Field(default=2, gt=0)
     """Mean delay of the first retry is half of this; it doubles with each receive, up to 300 s."""
 

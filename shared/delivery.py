@@ -1,4 +1,4 @@
-"""The delivery of a message that the running task handles: the queue runtime sets it, whatever is called may ask."""
+"""The delivery of the message that the running task handles: the queue runtime sets it, and any code may ask."""
 
 import asyncio
 import math
@@ -12,7 +12,7 @@ class Delivery:
 
     receive_count: int
     ends_at: float
-    """When SQS takes the message back whatever is asked for, in seconds of the event loop's clock."""
+    """The time at which SQS takes the message back in any case, in seconds of the event loop's clock."""
 
 
 current: ContextVar[Delivery | None] = ContextVar("delivery", default=None)

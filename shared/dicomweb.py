@@ -38,7 +38,7 @@ SERVICE = "medical-imaging"
 DICOM = "application/dicom"
 DICOM_JSON = "application/dicom+json"
 PARTLY_STORED = {200, 202, 409}
-"""What a STOW-RS response that lists its instances comes with (PS3.18 table 10.5.3-1)."""
+"""The statuses of a STOW-RS response that lists its instances (PS3.18 table 10.5.3-1)."""
 NO_CONTENT = 204
 TOO_MANY_REQUESTS = 429
 SERVER_ERROR = 500
@@ -63,8 +63,8 @@ class StoreTooLarge(ValueError):  # noqa: N818 - it states a fact about the call
 class Failure:
     """An instance that the archive did not take.
 
-    `reason` is the FailureReason (0008,1197) of PS3.18 table I.2-2; the UIDs are empty where the archive could not
-    read them. `tags` are the attributes in its FailedAttributesSequence (0074,1048), where the archive names them.
+    `reason` is the FailureReason (0008,1197) of PS3.18 table I.2-2; the UIDs are empty if the archive could not
+    read them. `tags` are the attributes in its FailedAttributesSequence (0074,1048), if the archive names them.
     """
 
     reason: int | None

@@ -1,4 +1,4 @@
-"""Idempotency records in S3, and the lease of whoever works on one: work may be repeated, its record is stored once.
+"""Idempotency records in S3, and the lease of the worker of one: work may be repeated, its record is stored once.
 
 Theory of operation. What a handler has to do ends with an idempotency record: a document whose key follows from the
 work. `once` looks for the record, and if there is none it takes the lease, works, stores the record and gives the lease
@@ -17,11 +17,11 @@ which it ends unless it is renewed.
 What is guaranteed:
 - Work at least once. Until a record is stored, every delivery of the message finds the record missing and works, or is
   turned away and comes again; being turned away never dead-letters it, however long the work takes.
-- One record. The first one stored stays (`If-None-Match: *`), and everybody is given that one, also a worker that made
-  another one. This depends on no clock and on no lease.
+- One record. The first one stored stays (`If-None-Match: *`), and every worker is given that one, even if it made
+  another one. This does not depend on clocks or on the lease.
 - An epoch of its own for each owner, as long as the lease's object is not deleted. What work stores under names that
   carry its epoch is its own.
-- Whoever dies holds up the others for `lease_s` at most, and for as much longer as their clocks are behind.
+- A worker that dies holds up the others for `lease_s` at most, and for as much longer as their clocks are behind.
 
 What is not: that work runs once, or on one machine at a time. A lease can be lost: an owner that is suspended past its
 end cannot know, and a write that was under way arrives later; clocks that differ let the others begin earlier.
@@ -137,7 +137,7 @@ async def make_once(
 
 @dataclass(slots=True)
 class _HeldLease:
-    """A lease of this worker's."""
+    """A lease that this worker holds or tries to take."""
 
     objects: ObjectStore
     document: Document[Lease]
@@ -146,16 +146,16 @@ class _HeldLease:
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
     epoch: int = 0
     etag: str = ""
-    """Of the object as we wrote it last; empty while the lease is not ours."""
+    """The ETag of the lease as we wrote it last; empty while the lease is not ours."""
     ends: datetime = field(init=False, repr=False)
 
     async def take(self) -> None:
-        """Take the lease. Raises `Leased` or `Continue` where another owner has it."""
+        """Take the lease. Raises `Leased` or `Continue` if another owner has it."""
         # Is it free, or has it ended?
         held, etag = await self._seen()
         if held is not None and held.ends > self.clock():
             raise _turned_away("leased by another worker")
-        # Write our name, unless somebody else is faster.
+        # Write our name, unless another worker is faster.
         self.epoch = held.epoch + 1 if held is not None else 1
         self.ends = self._end()
         if held is None:
@@ -211,7 +211,7 @@ class _HeldLease:
 
 
 async def _under_lease(lease: _HeldLease, work: Callable[[int], Awaitable[Result]]) -> Result:
-    """Run `work(epoch)` under the lease. It is cancelled where the lease is lost, and has ended when this returns."""
+    """Run `work(epoch)` under the lease. It is cancelled if the lease is lost, and has ended when this returns."""
     # Take the lease, and renew it while the work goes on.
     await lease.take()
     working = asyncio.ensure_future(work(lease.epoch))

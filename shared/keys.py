@@ -39,12 +39,12 @@ class Place:
     """One kind of object in the bucket."""
 
     pattern: str
-    """Its keys; what is in angle brackets changes from one to the next, `<…>` may hold slashes."""
+    """The pattern of its keys: what is in angle brackets changes from one to the next, and `<…>` may hold slashes."""
     holds: str
     writer: str
-    """Who writes it."""
+    """The service, or the person, that writes it."""
     model: type[Stored] | None = None
-    """Of our JSON documents."""
+    """The model of what lies there, for JSON documents of ours."""
 
 
 UPLOADS = "incoming/<dataset>"
@@ -116,7 +116,7 @@ LAYOUT = (
     Place(f"{QUARANTINED}/reason.json", "why it was refused", "ingest", StoredRefusal),
     Place(f"{QUARANTINED}/released.json", "the refusal that was answered", "the command line", StoredRelease),
 )
-"""All that is in the bucket. Of several patterns that a key meets, the first is its own."""
+"""All that is in the bucket. If a key meets several patterns, the first one is its own."""
 
 
 # Uploads, and what was refused of them.
@@ -147,7 +147,7 @@ class Quarantined:
     """The keys of one object in quarantine."""
 
     sha256: str
-    """Of the object."""
+    """The sha256 of the object, in hex."""
 
     @property
     def object(self) -> str:
@@ -156,7 +156,7 @@ class Quarantined:
 
     @property
     def reason(self) -> Document[StoredRefusal]:
-        """Why it was refused."""
+        """The record of why the object was refused."""
         return Document(f"{QUARANTINE}{self.sha256}/reason.json", StoredRefusal)
 
     @property
@@ -168,7 +168,7 @@ class Quarantined:
 # Series.
 
 MAX_UID_LENGTH = 64
-"""PS3.5 section 9.1."""
+"""The most characters of a UID, by PS3.5 section 9.1."""
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 _INSTANCE = re.compile(
     r"studies/(?P<study_uid>[0-9.]+)/(?P<series_uid>[0-9.]+)/(?P<sop_instance_uid>[0-9.]+)\.(?P<sha>[0-9a-f]{16})\.dcm"
@@ -196,7 +196,7 @@ def instance(study_uid: str, series_uid: str, sop_instance_uid: str, sha: str) -
 
 
 def stored_instance(key: str) -> StoredInstance | None:
-    """Read a key of a listing; None where it is no instance's."""
+    """Read a key of a listing; None if it is not that of an instance."""
     match = _INSTANCE.fullmatch(key)
     if match is None:
         return None
@@ -224,7 +224,7 @@ def revision_of(series: SeriesRef) -> Document[Revision]:
 
 
 def stored_revision(key: str) -> Document[Revision] | None:
-    """Read a key of a listing; None where it is no revision's."""
+    """Read a key of a listing; None if it is not that of a revision."""
     return Document(key, Revision) if "/revisions/" in key and key.endswith(".json") else None
 
 
@@ -299,12 +299,12 @@ def routing(series: SeriesRef) -> Document[Routing]:
 
 
 def study_routing(study_uid: str, digest: str) -> Document[StudyRouting]:
-    """Return what the MAPs were given of a study, whose digest is that of `digest_of_series`."""
+    """Return what the MAPs were given of a study, whose digest is what `digest_of_series` returns."""
     return Document(f"{study_results_prefix(study_uid)}{digest}/routing.json", StudyRouting)
 
 
 def stored_study_routing(key: str) -> Document[StudyRouting] | None:
-    """Read a key of a listing of `study_results_prefix`; None where it is none's."""
+    """Read a key of a listing of `study_results_prefix`; None if it is not that of such a document."""
     return Document(key, StudyRouting) if key.endswith("/routing.json") else None
 
 
@@ -315,7 +315,7 @@ def map_results_prefix(prefix: str, name: str) -> str:
 
 def digest_of_series(series: tuple[SeriesRef, ...]) -> str:
     """Return the digest that stands for several series; it depends on their order."""
-    lines = "\n".join(f"{one.series_uid}:{one.digest}" for one in series)
+    lines = "\n".join(f"{ref.series_uid}:{ref.digest}" for ref in series)
     return hashlib.sha256(lines.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
@@ -327,11 +327,11 @@ class ResultKeys:
 
     @classmethod
     def of(cls, task: InferenceTask) -> "ResultKeys":
-        """Return those of a request; the result of several series of a study lies under `study`."""
+        """Return the keys of a request's result; that of several series of a study lies under `study`."""
         first = task.inputs[0]
         prefix = revision_results_prefix(first)
         if len(task.inputs) > 1:
-            in_order = tuple(sorted(task.inputs, key=lambda one: f"{one.series_uid}:{one.digest}"))
+            in_order = tuple(sorted(task.inputs, key=lambda ref: f"{ref.series_uid}:{ref.digest}"))
             prefix = f"{study_results_prefix(first.study_uid)}{digest_of_series(in_order)}/"
         return cls(f"{map_results_prefix(prefix, task.map)}{task.map_digest}/")
 
@@ -342,7 +342,7 @@ class ResultKeys:
 
     @property
     def lease(self) -> Document[Lease]:
-        """Who computes it."""
+        """The lease of the worker that computes the result."""
         return Document(f"{self.prefix}claim.json", Lease)
 
     @property
@@ -352,12 +352,12 @@ class ResultKeys:
 
     @property
     def result(self) -> Document[Result]:
-        """What is in the archive."""
+        """The record of what is in the archive."""
         return Document(f"{self.prefix}result.json", Result)
 
     @property
     def failure(self) -> Document[Failure]:
-        """Why there is no result."""
+        """The record of why there is no result."""
         return Document(f"{self.prefix}failure.json", Failure)
 
     def made_instance(self, attempt: str, sop_instance_uid: str) -> str:
@@ -390,7 +390,7 @@ class ImportKeys:
 
     @property
     def prefix(self) -> str:
-        """All of them."""
+        """The prefix of all of these keys."""
         return f"imports/{self.instances}/"
 
     @property
@@ -433,22 +433,22 @@ class TrainingKeys:
 
     @property
     def folder(self) -> str:
-        """What all of them begin with, without the slash."""
+        """The folder of all keys of the training, without the slash."""
         return f"models/{self.request_id}"
 
     @property
     def prefix(self) -> str:
-        """The same with the slash."""
+        """The prefix of all keys of the training, with the slash."""
         return f"{self.folder}/"
 
     @property
     def options(self) -> Document[StoredOptions]:
-        """What was asked for."""
+        """The request and the settings of the worker that began it."""
         return Document(f"{self.prefix}options.json", StoredOptions)
 
     @property
     def lease(self) -> Document[Lease]:
-        """Who trains."""
+        """The lease of the worker that trains."""
         return Document(f"{self.prefix}lease.json", Lease)
 
     @property
@@ -468,12 +468,12 @@ class TrainingKeys:
 
     @property
     def state(self) -> Document[StoredState]:
-        """How often the round that runs was tried."""
+        """The record of how often the round that runs was tried."""
         return Document(f"{self.prefix}state.json", StoredState)
 
     @property
     def progress(self) -> Document[StoredProgress]:
-        """How far the round that runs is."""
+        """The progress of the round that runs."""
         return Document(f"{self.prefix}progress.json", StoredProgress)
 
     @property
@@ -488,12 +488,12 @@ class TrainingKeys:
 
     @property
     def failure(self) -> Document[StoredFailure]:
-        """Why it cannot work."""
+        """The record of why the training cannot work."""
         return Document(f"{self.prefix}failure.json", StoredFailure)
 
     @property
     def description(self) -> Document[StoredDescription]:
-        """What the weights are."""
+        """The description of the generator's weights."""
         return Document(f"{self.prefix}generator.json", StoredDescription)
 
     @property
@@ -525,7 +525,7 @@ class RoundKeys:
     """The keys of one round of a training. A round that diverges is tried again: tries count from 0."""
 
     folder: str
-    """`models/<request id>/rounds/<round>`."""
+    """The folder of the round, `models/<request id>/rounds/<round>`."""
 
     def plan(self, attempt: int) -> Document[StoredPlan]:
         """Return what a try is to do."""
@@ -558,11 +558,11 @@ class RoundKeys:
         return Document(f"{self.folder}/evaluation.json", StoredRound)
 
     def images(self, epoch: int) -> str:
-        """Return the key of its images."""
+        """Return the key of the round's images."""
         return f"{self.folder}/images.{epoch}.png"
 
     def config(self, epoch: int) -> str:
-        """Return the key of its parameters."""
+        """Return the key of the round's parameters."""
         return f"{self.folder}/config.{epoch}.js"
 
 
@@ -571,12 +571,12 @@ class JobKeys:
     """The keys of the SageMaker jobs of one try at a round; `name` is `<round>-<try>`."""
 
     training: str
-    """`models/<request id>`."""
+    """The folder of the training, `models/<request id>`."""
     name: str
 
     @property
     def folder(self) -> str:
-        """What those of the try begin with."""
+        """The folder of all keys of the try."""
         return f"{self.training}/sagemaker/{self.name}"
 
     @property

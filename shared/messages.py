@@ -34,7 +34,7 @@ Queue = Literal["ingest", "inference", "training", "reporting"]
 Verdict = Literal[
     "localizer", "single", "mixed", "unknown", "4d", "repeated", "gaps", "uneven", "tilted", "regular", "irregular"
 ]
-"""What can be said of the geometry of a series."""
+"""The verdicts on the geometry of a series."""
 
 
 def _is_traceparent(given: object) -> bool:
@@ -114,15 +114,15 @@ class ReadySeries(SeriesRef):
     modality: str | None = None
     """The Modality of the series, such as `CT`."""
     warnings: tuple[str, ...] = ()
-    """What was noticed, by the codes of docs/ingest.md."""
+    """Codes of what was noticed, as docs/ingest.md lists them."""
     array_key: str | None = None
     """Key of the training array; left out if there is none, or if it must not be linked with the series."""
     supersedes: Digest | None = None
     """Digest of the revision that this one replaces."""
     geometry: Geometry | None = None
-    """How the slices lie; left out for a series without images."""
+    """The position of the slices in space; left out for a series without images."""
     deidentified: bool = False
-    """The instances were de-identified before they were stored: results of them are pushed to no target."""
+    """True if the instances were de-identified before they were stored: their results are not pushed to any target."""
 
 
 class RejectedUpload(_Frozen):
@@ -179,7 +179,7 @@ class InferenceOutput(_Frozen):
     key: str
     """Where it is in the bucket."""
     image_set_id: str | None = None
-    """The image set that holds it, if the target is HealthImaging."""
+    """The image set that holds the instance, if the target is HealthImaging."""
 
 
 class OutputFile(_Frozen):
@@ -200,7 +200,7 @@ class CompletedInference(InferenceTask):
     outputs: tuple[InferenceOutput, ...] = ()
     """The first outputs: a message holds 1 MiB. All are in the object under `result_key`."""
     n_outputs: int = 0
-    """How many outputs there are."""
+    """Number of all outputs."""
     files: tuple[OutputFile, ...] = ()
     """The first outputs that are not DICOM; all are under `result_key`."""
     pushed_to: str | None = None
@@ -208,7 +208,7 @@ class CompletedInference(InferenceTask):
     duration_s: float
     """Wall seconds that the MAP ran."""
     device: str = "cpu"
-    """What it ran on."""
+    """The kind of device that the MAP ran on."""
 
 
 class FailedInference(InferenceTask):
@@ -236,7 +236,7 @@ class UpdatedMap(_Frozen):
     previous_digest: Digest | None = None
     """The version that served before; left out for a MAP that is new."""
     since: AwareDatetime | None = None
-    """When it took over, from the record of what serves: a version that comes back is another event."""
+    """The time at which it took over, from the record of what serves: a version that comes back is another event."""
 
 
 class RejectedMap(_Frozen):
@@ -253,7 +253,7 @@ class RejectedMap(_Frozen):
     serving_digest: Digest | None = None
     """The version that serves; left out if there was none before."""
     since: AwareDatetime | None = None
-    """When it was rejected, from the record of the rejection."""
+    """The time of the rejection, from its record."""
 
 
 class TrainingRequest(_Frozen):
@@ -264,23 +264,23 @@ class TrainingRequest(_Frozen):
     dataset: Name
     """The dataset to train on."""
     data_uri: str | None = Field(default=None, max_length=1024, pattern=r"^[a-z][a-z0-9]*://[^\s?#]+$")
-    """Where the arrays and their sidecars lie, if not under `datasets/` in the bucket: `gs://bucket/folder`, `s3://…`."""
+    """Address of the arrays and their sidecars, if not `datasets/` in the bucket: `gs://bucket/folder`, `s3://…`."""
     classes: dict[Name, Name] = Field(default={}, max_length=100)
     """The dataset of each class's images, by the name of the class; with `data_uri`, the folder there."""
     overrides: dict[str, int | float | str | bool] = {}
     """Parameters of config.js to start with."""
     threshold: float = Field(default=2.0, gt=0)
-    """Approved when the metric is at or below it."""
+    """A model is approved when the metric is at or below this threshold."""
     metric: Literal["relative_fd", "distance", "kid"] = "relative_fd"
     """The number that is compared; `distance` is the FID if the trainer compares by the Inception network."""
     min_coverage: float = Field(default=0.5, ge=0, le=1)
     """Share of the coverage of other real images below which a model is not approved."""
     strategy: Literal["rules", "optuna"] = "rules"
-    """How the parameters of a further round are chosen: by rules, or by Optuna's search if the trainer has it."""
+    """The way a further round gets its parameters: by rules, or by Optuna's search if the trainer has it."""
     max_rounds: int = Field(default=5, ge=1, le=100)
     """Rounds after which the training ends without an approved model."""
     n_images: int = Field(default=16, ge=1, le=10_000)
-    """How many images the model generates at the end."""
+    """Number of images that the model generates at the end."""
 
 
 class Quality(_Frozen):
@@ -301,15 +301,15 @@ class Memorisation(_Frozen):
     """Whether generated images are copies of training images: a nearest-neighbour test against held-out real ones."""
 
     n: int
-    """How many generated images were judged."""
+    """Number of generated images that were judged."""
     n_held_out: int
-    """How many held-out images the limits come from."""
+    """Number of held-out images that the limits come from."""
     copied_share: float
     """Share of images that are nearer to a training image than 99 % of the held-out ones are."""
     far_nearer_share: float
     """Share of images that are nearer than half of the nearest held-out one's distance."""
     flagged: bool
-    """More images are near than chance explains: the model is not approved."""
+    """True if more images are near than chance explains: the model is not approved then."""
 
 
 class Evaluation(_Frozen):
@@ -352,11 +352,11 @@ class TrainingRound(_Frozen):
     steps: int
     """Steps that the round trained."""
     rule: str = ""
-    """Why the parameters were chosen, see services/trainer/strategy/policy.py."""
+    """The rule that chose the parameters, see services/trainer/strategy/policy.py."""
     evaluation: Evaluation
     approved: bool
     why_not: str = ""
-    """Why the model is not approved, in words."""
+    """The reason, in words, why the model is not approved; empty if it is."""
     config: dict[str, int | float | str | bool]
     """The parameters of config.js that the round used."""
     config_key: str
@@ -372,9 +372,9 @@ class CompletedTraining(_Frozen):
     dataset: Name
     approved: bool
     why_not: str = ""
-    """Why the best model is not approved, in words."""
+    """The reason, in words, why the best model is not approved; empty if it is."""
     rounds: int
-    """How many rounds there were."""
+    """Number of rounds that were completed."""
     evaluation: Evaluation
     """The evaluation of the best round."""
     config: dict[str, int | float | str | bool]
@@ -395,7 +395,7 @@ class FailedTraining(_Frozen):
     reason_code: str
     """One of the codes of services/trainer/reasons.py."""
     numbers: dict[str, int] = {}
-    """What explains the reason, such as `n_training`, `n_held_out` and `min_images` of `too_little_data`."""
+    """Numbers that explain the reason, such as `n_training`, `n_held_out` and `min_images` of `too_little_data`."""
 
 
 class ReportRequest(_Frozen):
@@ -413,7 +413,7 @@ class Event(_Frozen):
 
     producer: ClassVar[str]
     queues: ClassVar[tuple[Queue, ...]]
-    """Where the event is sent."""
+    """The queues that the event is sent to."""
 
     specversion: Literal["1.0"] = "1.0"
     id: EventId
@@ -427,10 +427,10 @@ class Event(_Frozen):
 
     @classmethod
     def of(cls, subject: str, data: BaseModel, *, time: datetime) -> Self:
-        """Build the event that tells `data` of `subject`; `time` is when that became true, not now."""
+        """Build the event that says `data` of `subject`; `time` is when that became true, not now."""
         type_ = cls.model_fields["type"].default
-        told = json.dumps(data.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        identity = uuid.uuid5(EVENT_NAMESPACE, f"{type_}\n{subject}\n{told}")
+        event_data = json.dumps(data.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        identity = uuid.uuid5(EVENT_NAMESPACE, f"{type_}\n{subject}\n{event_data}")
         return cls(type=type_, id=str(identity), source=cls.producer, time=time, subject=subject, data=data)
 
     def body(self) -> str:

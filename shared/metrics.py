@@ -3,7 +3,7 @@
 Theory of operation. `put` adds a value to a table of (metric, dimensions, minute) to how often each value was seen, and
 never waits. `flush` takes the table, sends it as PutMetricData with Values and Counts (so that percentiles work), and
 puts back what CloudWatch did not take. Metrics are best effort: a process that dies loses what it had not sent, and a
-request whose answer got lost is sent twice. Whoever needs exact numbers reads the event log.
+request whose answer got lost is sent twice. The event log has the exact numbers.
 
 Each combination of dimension values is a metric of its own, which CloudWatch bills and keeps for 15 months, so a
 dimension takes few values: a dataset or a MAP, never a request, a series or anything else that grows with use.
@@ -54,7 +54,7 @@ class UndeclaredMetric(Exception):  # noqa: N818 - it states a fact about the co
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Metric:
-    """A declaration; each is itself and equal to no other, which makes looking it up cheap."""
+    """A declaration. Each is compared by identity, which makes looking it up cheap."""
 
     namespace: str
     name: str
@@ -125,12 +125,12 @@ METRICS: tuple[Metric, ...] = (
 
 
 class _Series(NamedTuple):
-    """What values are aggregated under; a tuple, since one is made and hashed for each value."""
+    """The key that values are aggregated under; a tuple, since one is made and hashed for each value."""
 
     metric: Metric
     dimensions: tuple[tuple[str, str], ...]
     minute: int
-    """Since 1970: CloudWatch's resolution."""
+    """The minute, counted from 1970: CloudWatch's resolution."""
 
     @property
     def time(self) -> datetime:
@@ -214,7 +214,7 @@ class Metrics:
         log.warning("metrics.dropped", values=n_before - self._n_values, why="buffer_full")
 
     async def _send(self, batch: "list[tuple[_Series, Counter[float]]]") -> bool:
-        """Send one request; tells whether it is done with, taken or refused for good."""
+        """Send one request. Returns True if it was taken or refused for good, so that it need not be sent again."""
         namespace = batch[0][0].metric.namespace
         try:
             await self._cloudwatch.put_metric_data(Namespace=namespace, MetricData=[_datum(*entry) for entry in batch])

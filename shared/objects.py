@@ -21,7 +21,8 @@ CHUNK_BYTES = 1024 * 1024
 PART_BYTES = 64 * 1024 * 1024
 """Objects above this size are uploaded in parts of this size (S3 allows 10,000 parts of 5 MiB to 5 GiB)."""
 LARGEST_COPY_BYTES = 5 * 1024**3
-"""What one CopyObject takes: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html"""
+"""The largest object that one CopyObject takes:
+https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html"""
 COPIED_PART_BYTES = 1024**3
 CONTENT_TYPES = {
     ".dcm": "application/dicom",
@@ -120,7 +121,7 @@ class ObjectStore:
                     yield ObjectSummary(item["Key"], item["Size"], item["LastModified"], item["ETag"])
 
     async def delete(self, key: str) -> None:
-        """Remove the object; a key that is free already is no error."""
+        """Remove the object; a key that is free already is fine."""
         with _s3_errors():
             await self._s3.delete_object(Bucket=self.bucket, Key=key)
 
@@ -182,7 +183,7 @@ class ObjectStore:
     async def _multipart(self, key: str, media_type: str) -> AsyncIterator[tuple[dict[str, Any], Any]]:
         """Give the block what names the upload, and the list that it fills with parts; afterwards the object is there.
 
-        Of an upload that fails no parts stay behind.
+        An upload that fails leaves no parts behind.
         """
         where: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
         created = await self._s3.create_multipart_upload(**where, ContentType=media_type)

@@ -30,7 +30,7 @@ AIR_HU, FAT_HU, MUSCLE_HU = -1000.0, -100.0, 55.0
 FIELD_OF_VIEW_MM = 420.0
 """Diameter of the reconstructed circle at a scale of one; outside of it there was no measurement."""
 OUTSIDE_HU = -1024.0
-"""What scanners store outside of the reconstructed circle."""
+"""The value that scanners store outside of the reconstructed circle."""
 RESCALE_INTERCEPT = {12: -1024, 16: 0}
 """The intercept by bits stored: 12 bits are unsigned and need an offset, 16 bits are signed and hold HU as they are."""
 
@@ -50,7 +50,7 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Patient:
-    """Who a phantom claims to be; nobody, and recognisably so."""
+    """The patient that a phantom claims to be: an invented one, and recognisably so."""
 
     name: str
     patient_id: str

@@ -1,4 +1,4 @@
-"""pydicom, kept from telling what it reads."""
+"""How pydicom is kept from printing what it reads."""
 
 import logging
 import warnings

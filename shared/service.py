@@ -29,8 +29,8 @@ LAST_FLUSH_S = 5
 def run(name: str, settings_class: type[Settings], serve: Serve[Settings]) -> None:
     """Read the settings, open the clients and run `serve` until SIGTERM or SIGINT sets its event.
 
-    Exits with 2, and says on standard error what is missing, where the settings or what they name cannot be used; with
-    1 after a bug, which is logged by type and place.
+    Exits with 2, and says on standard error what is missing, if the settings or what they name cannot be used; with 1
+    after a bug, which is logged by type and place.
     """
     log.setup(name)
     try:

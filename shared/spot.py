@@ -1,7 +1,7 @@
 """Sets a service's `stop` when EC2 announces that it takes the spot instance back, so that the drain runs in time.
 
 https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html, read through IMDSv2. A
-container reaches the metadata service only where the instance's hop limit is 2 or more.
+container reaches the metadata service only if the instance's hop limit is 2 or more.
 """
 
 import asyncio
@@ -18,14 +18,15 @@ DEFAULT_ENDPOINT = "http://169.254.169.254"
 LOOK_S = 5.0
 """Seconds between two looks, as AWS recommends; its notice comes two minutes before the end."""
 LONGEST_GRACE_S = 100.0
-"""What the two minutes leave to handlers: the notice is seen up to LOOK_S late, and the drain deletes after them."""
+"""Seconds that the two minutes leave to handlers: the notice is seen up to LOOK_S late, and the drain deletes after
+them."""
 TIMEOUT = aiohttp.ClientTimeout(total=2)
 log = get_logger()
 
 
 class _Notice(BaseModel):
     action: str
-    """`terminate`, `stop` or `hibernate`."""
+    """What EC2 does with the instance: `terminate`, `stop` or `hibernate`."""
     time: AwareDatetime
 
 

@@ -1,11 +1,11 @@
 """When to look at something that grows: one delayed message per bucket of time, guarded by a marker object.
 
 Theory of operation. The first addition in a bucket of time (as long as the quiet period) sends a message that looks
-later, and then a marker is stored, which keeps the others of that bucket from sending one. A thing that grows for an
-hour so has a message in each bucket, and one of them is enough: a message that finds the marker of a newer bucket ends,
-for that one's message was sent and looks later. The newest always goes on, until the thing is quiet or overdue; a crash
-at any place costs a second message, never a thing that nobody looks at. Clocks of two machines may differ by a quiet
-period.
+later, and then a marker is stored, which keeps the others of that bucket from sending one. So a thing that grows for an
+hour has a message in each bucket, and one of them is enough: a message that finds the marker of a newer bucket ends,
+because the message of that bucket was sent and looks later. The newest always goes on, until the thing is quiet or
+overdue. A crash at any place costs a second message, but every thing is looked at. Clocks of two machines may differ by
+a quiet period.
 """
 
 import math
@@ -25,7 +25,7 @@ def bucket_of(now: datetime, quiet_s: float) -> str:
 
 
 def delay_s(wait_s: float, quiet_s: float) -> int:
-    """Return the delay of a message that looks after `wait_s`, or after the quiet period where that is shorter."""
+    """Return the delay of a message that looks after `wait_s`, or after the quiet period if that is shorter."""
     return min(math.ceil(max(wait_s, 0)), math.ceil(quiet_s)) + 1
 
 

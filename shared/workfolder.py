@@ -17,7 +17,7 @@ def own_folder(work_dir: Path) -> Iterator[Path]:
     A process holds a lock on its folder, which the kernel releases however the process ends.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    with locked(work_dir):  # so that nobody takes the new folder for that of a dead process
+    with locked(work_dir):  # so that no other process takes the new folder for that of a dead one
         for folder in work_dir.glob("process-*"):
             with suppress(BlockingIOError), locked(folder, wait=False):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -50,7 +50,7 @@ def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator
     """Hold the folder's lock, alone or `shared`, until the block ends or the process does.
 
     Raises:
-        BlockingIOError: somebody else holds it, and `wait` is not set.
+        BlockingIOError: another process holds it, and `wait` is not set.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""YAML that people write, read into a model; every place that is wrong is told by its line or its name."""
+"""YAML that people write, read into a model; an error names each place that is wrong by its line or its name."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ class _Repeated(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """As PyYAML's, which takes the last of two equal keys and says nothing of the first."""
+    """PyYAML's safe loader, except that it refuses a repeated key, of which PyYAML takes the last without a word."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)

@@ -54,7 +54,7 @@ class FailedRun(Failure):
     why: str
     remedy: str
     log_key: str | None
-    """Where what the MAP printed is in the bucket; None where it was not run, or the log is gone."""
+    """Where what the MAP printed is in the bucket; None if it was not run, or the log is gone."""
     log: str | None
     """The same as a URL."""
 
@@ -387,7 +387,7 @@ class Journey:
         return Rejection(upload.path, sha256, reason.reason_code, reason.place)
 
     def _is_older(self, key: str, than: str) -> bool:
-        """Compare when two objects were written, by S3's own clock; False where one is gone."""
+        """Compare when two objects were written, by S3's own clock; False if one is gone."""
         written, other = self._client.modified(key), self._client.modified(than)
         return written is not None and other is not None and written < other
 

@@ -54,7 +54,7 @@ class Instance:
     series_uid: str
     sop_instance_uid: str
     sha: str | None
-    """As in the instance's key in `studies/`; None where the file is not Part 10, so it cannot be told from outside."""
+    """As in the instance's key in `studies/`; None if the file is not Part 10, so it cannot be told from outside."""
     modality: str
     object_sha256: str
     upload_sha256: str

@@ -70,7 +70,7 @@ class Training:
         return [self.completion.generator_key, self.completion.images_key, self.completion.images_array_key]
 
     def look(self) -> None:
-        """Bring everything up to date. Raises `Refused` where the id turns out to be another request's."""
+        """Bring everything up to date. Raises `Refused` if the id turns out to be another request's."""
         if self.state == "requested":  # somebody else's request of this id may have been there before ours
             asyncio.run(trainings.require_same(self.request, objects=Bucket(self._client)))
         while (done := self._client.read(self._keys.round(len(self.rounds) + 1).evaluation)) is not None:

@@ -76,7 +76,7 @@ def parse_override(text: str) -> tuple[str, Value]:
 
 
 def parse_classes(texts: Iterable[str]) -> dict[str, str]:
-    """Read `name=dataset`, or a name alone, which is both. Raises `WrongUsage` where a class is given twice."""
+    """Read `name=dataset`, or a name alone, which is both. Raises `WrongUsage` if a class is given twice."""
     classes: dict[str, str] = {}
     for text in texts:
         name, _, dataset = text.partition("=")

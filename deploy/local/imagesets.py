@@ -160,7 +160,7 @@ class Arrival:
 
 
 def text_of(attributes: dict[str, Any], tag: str) -> str:
-    """Return the first value of an element of the DICOM JSON model as text; empty where there is none."""
+    """Return the first value of an element of the DICOM JSON model as text; empty if there is none."""
     values = attributes.get(tag, {}).get("Value", [])
     first = values[0] if values else ""
     if isinstance(first, dict):

@@ -21,9 +21,9 @@ def _rising(window: tuple[float, float]) -> tuple[float, float]:
 
 
 Modality = Annotated[str | None, BeforeValidator(_code)]
-"""A Code String (PS3.5 section 6.2); what is none came from a file that has it wrong, and is unknown."""
+"""A Code String (PS3.5 section 6.2); anything else came from a file that has it wrong, and counts as unknown."""
 Window = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_rising)]
-"""Modality values that -1 and 1 stand for, HU in CT."""
+"""The modality values (HU in CT) that -1 and 1 stand for."""
 
 
 class Units(BaseModel):
@@ -32,15 +32,15 @@ class Units(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     modality: Modality = None
-    """As the dataset's sidecars name it; None where they differ."""
+    """The Modality that the dataset's sidecars name; None if they differ."""
     window: Window | None = None
-    """None where the arrays of the dataset differ."""
+    """The window of the arrays; None if those of the dataset differ."""
 
     @classmethod
     def common(cls, every: Iterable[Self]) -> Self:
         """Return what all arrays of a dataset agree on."""
         units = set(every)
-        modalities = {one.modality for one in units}
+        modalities = {each.modality for each in units}
         if len(modalities) != 1:
             return cls()
         return units.pop() if len(units) == 1 else cls(modality=modalities.pop())
@@ -50,27 +50,28 @@ class StoredSidecar(Stored):
     """The document beside an array, as ingest writes it."""
 
     study_uid: str
-    """Of a de-identified dataset the UIDs and the digest are keyed hashes: they lead to no original."""
+    """The StudyInstanceUID. In a de-identified dataset the UIDs and the digest are keyed hashes, which do not lead back
+    to the original."""
     series_uid: str
     digest: str
     revision_key: str | None = Field(default=None, exclude_if=lambda key: key is None)
-    """Left out where nothing may lead to the original."""
+    """The key of the revision; left out if nothing may lead back to the original."""
     patient_key: str | None
     modality: Any
-    """As the file has it, whatever that is."""
+    """The Modality as the file has it, valid or not."""
     n: int
-    """Slices."""
+    """Number of slices."""
     shape: tuple[int, ...]
     window: tuple[float, float] | None
     """Modality values that became -1 and 1."""
     window_from: str | None
-    """The key of the window's document; None where the dataset's rules name one."""
+    """The key of the window's document; None if the dataset's rules name the window."""
     pixel_spacing_mm: tuple[float, ...] | None
     rows_columns: tuple[int, ...] | None
     left_out: dict[str, int]
-    """Slices, by the rule that left them out."""
+    """Number of slices left out, by the rule that did so."""
     config: dict[str, Any]
-    """How the array was made."""
+    """The configuration that the array was made with."""
     config_hash: str
     warnings: tuple[str, ...]
 
@@ -81,7 +82,7 @@ class Sidecar(Stored):
     series_uid: str | None = None
     patient_key: str | None = None
     class_name: Name | None = Field(default=None, alias="class")
-    """Of other people's arrays: ingest knows no classes."""
+    """The class of the images; only other people's arrays have one, since ingest knows no classes."""
     modality: Modality = None
     window: Window | None = None
     """Modality values that became -1 and 1."""
@@ -93,6 +94,6 @@ class DatasetWindow(Stored):
     window: tuple[float, float]
     """Modality values that become -1 and 1."""
     config: Mapping[str, object]
-    """What the percentiles were asked by."""
+    """The configuration that the percentiles were computed with."""
     source: Mapping[str, str]
-    """The series they are of, as its array names it."""
+    """The series that the percentiles are of, as its array names it."""

@@ -18,11 +18,11 @@ class Stored(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     schema_version: Literal[1] = 1
-    """A document without one is of the first version: some were written before there was this field."""
+    """The version of the format. A document without one is of the first version, which once did not have the field."""
 
     @classmethod
     def refusal(cls, key: str, _fields: Iterable[str]) -> Unprocessable:
-        """Return what is raised of a body that is none of these, for its `_fields`."""
+        """Return what to raise for a body that does not fit the model; `_fields` are those that are wrong."""
         return Unprocessable("invalid_record", key)
 
 

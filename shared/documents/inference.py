@@ -14,7 +14,7 @@ class RoutedMap(Stored):
 
 
 class Routing(Stored):
-    """`routing.json`: the MAPs that a revision was given to; none is an answer, too."""
+    """`routing.json`: the MAPs that a revision was given to, which may be none."""
 
     maps: tuple[RoutedMap, ...]
     study_maps: tuple[str, ...] = ()
@@ -27,14 +27,14 @@ class StudyRouting(Stored):
     """`results/<StudyUID>/study/<digest>/routing.json`: what the MAPs were given of a study as it stood."""
 
     series: tuple[SeriesRef, ...]
-    """The newest revision of each of its series."""
+    """The newest revision of each series of the study."""
     tasks: tuple[InferenceTask, ...]
     time: AwareDatetime
-    """When the newest of the revisions was made: of two records, the later one has more of the study."""
+    """The time at which the newest of the revisions was made: of two records, the later one has more of the study."""
 
 
 class Outputs(Stored):
-    """`outputs.json`: the attempt whose instances are the result, whoever else computes it, too."""
+    """`outputs.json`: the attempt whose instances are the result, even if other workers compute it, too."""
 
     attempt: str
     outputs: tuple[InferenceOutput, ...]
@@ -55,6 +55,6 @@ class Failure(Stored, FailedInference):
     """`failure.json`: why a request brought no result, for as long as no other request of the same MAP is tried."""
 
     request_id: str
-    """Id of the event that asked: its repeats end with this failure, another request tries again."""
+    """The id of the event that asked: its repeats end with this failure, another request tries again."""
     error_type: str = ""
     time: AwareDatetime

@@ -10,5 +10,5 @@ class Lease(Stored):
 
     owner: str
     epoch: int
-    """One higher with each owner."""
+    """The number of the owner, one higher with each."""
     ends: AwareDatetime

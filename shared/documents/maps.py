@@ -17,5 +17,5 @@ class Served(Stored):
 
     map_digest: str
     source: str
-    """A folder, or an image by its digest."""
+    """The source of the version: a folder, or an image by its digest."""
     since: AwareDatetime | None = None

@@ -24,7 +24,7 @@ class Round(_Frozen):
     evaluation: Evaluation
     approved: bool
     why_not: str = ""
-    """Why it is not approved, in words."""
+    """The reason, in words, why the model is not approved; empty if it is."""
     config: dict[str, int | float | str | bool]
 
 
@@ -36,14 +36,14 @@ class Training(_Frozen):
     status: TrainingStatus
     """`running`: no event of the month ended it."""
     reason_code: str | None = None
-    """Why it failed."""
+    """The code of why the training failed; None unless it did."""
     rounds: tuple[Round, ...] = ()
     rounds_used: int | None = None
     """All rounds of the training, when it ended; more than `rounds` holds if it began in an earlier month."""
     evaluation: Evaluation | None = None
-    """Of the model that was kept; of the last round while running."""
+    """The evaluation of the model that was kept, or of the last round while the training runs."""
     why_not: str = ""
-    """Why that one is not approved, in words."""
+    """The reason, in words, why that model is not approved; empty if it is."""
     config: dict[str, int | float | str | bool] = {}
     """The parameters of that model."""
     generator_key: str | None = None
@@ -67,11 +67,11 @@ class MapStatistics(_Frozen):
     map: str
     map_digest: str
     outcomes: dict[str, int]
-    """Runs by `completed`, `no_matching_series`, `failed`."""
+    """Number of runs by outcome: `completed`, `no_matching_series`, `failed`."""
     failures_by_reason: dict[str, int] = {}
     durations: tuple[Durations, ...] = ()
     n_outputs: int = 0
-    """DICOM instances that the runs made."""
+    """Number of DICOM instances that the runs made."""
 
 
 class SeriesStatistics(_Frozen):
@@ -80,10 +80,10 @@ class SeriesStatistics(_Frozen):
     n_series: int = 0
     n_revisions: int = 0
     n_instances: int = 0
-    """Of each series' latest revision."""
+    """Number of instances in the latest revision of each series."""
     n_with_warnings: int = 0
     by_modality: dict[str, int] = {}
-    """Series; `other` is a value outside DICOM's defined terms, `none` a missing one."""
+    """Number of series by Modality; `other` is a value outside DICOM's defined terms, `none` a missing one."""
 
 
 class Report(Stored):
@@ -94,17 +94,17 @@ class Report(Stored):
     month: str
     generated_at: AwareDatetime
     month_is_over: bool
-    """False: more events of this month may come."""
+    """False if more events of this month may come."""
     n_events: int
-    """Different events."""
+    """Number of different events."""
     n_repeats: int
-    """Deliveries of the same event again, which are not counted."""
+    """Number of repeated deliveries of an event, which are not counted above."""
     n_unreadable: int
-    """Lines of the event log that no known event could be read from, which are not counted either."""
+    """Number of lines of the event log that no known event could be read from, which are not counted above either."""
     training: tuple[Training, ...]
     inference: tuple[MapStatistics, ...]
     skipped_by_modality: dict[str, int] = Field(default={})
-    """Revisions of series that no MAP takes."""
+    """Number of revisions that no MAP takes, by the Modality of the series."""
     series: SeriesStatistics
     rejections_by_reason: dict[str, int]
     failures_by_reason: dict[Literal["inference", "training"], dict[str, int]]

@@ -43,8 +43,8 @@ SERIES_ATTRIBUTES = (
     "PhotometricInterpretation",
     "FrameOfReferenceUID",
 )
-"""What a revision tells of its series, and routing may read: nobody learns from it who the patient is, who works in the
-hospital, where or when it was. Beside them stands NumberOfSeriesRelatedInstances."""
+"""The attributes of a series that its revision holds and routing may read. They do not tell who the patient is, who
+works in the hospital, where or when it was. NumberOfSeriesRelatedInstances stands beside them."""
 
 
 class StoredInstance(BaseModel):
@@ -68,16 +68,16 @@ class Revision(Stored):
     created: AwareDatetime
     supersedes: Digest | None = None
     instances: tuple[StoredInstance, ...] = Field(min_length=1)
-    """Sorted by SOPInstanceUID."""
+    """The instances, sorted by SOPInstanceUID."""
     attributes: dict[str, str | int | float | list[str] | list[float] | None] = Field(default={})
     """Allow-listed series attributes by DICOM keyword, none of which names a person; what routing reads."""
     geometry: Geometry | None = None
-    """None for a series without images."""
+    """The position of the slices in space; None for a series without images."""
     warnings: tuple[str, ...] = ()
-    """Codes; services/ingest/reasons.py says what each means."""
+    """Codes of what was noticed; services/ingest/reasons.py says what each means."""
     array_key: str | None = None
     deidentified: bool = False
-    """Its instances were de-identified before they were stored: nothing that comes of them is pushed."""
+    """True if the instances were de-identified before they were stored: nothing that comes of them is pushed."""
 
     @classmethod
     def refusal(cls, _key: str, fields: Iterable[str]) -> Unprocessable:

@@ -9,7 +9,7 @@ from shared.documents.document import Stored
 from shared.messages import CompletedTraining, FailedTraining, Name, TrainingRequest, TrainingRound
 
 Value = int | float | str | bool
-"""Of a parameter of config.js."""
+"""The value of a parameter of config.js."""
 
 
 class Array(BaseModel):
@@ -18,16 +18,16 @@ class Array(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     key: str
-    """Its key, or its path at the address that the request names."""
+    """The key of the array, or its path at the address that the request names."""
     etag: str
-    """What the store tells versions apart by."""
+    """The ETag, by which the store tells versions apart."""
     sha256: str = ""
-    """Of the file, in hex; empty in manifests of the first version."""
+    """The sha256 of the file, in hex; empty in manifests of the first version."""
     series_uid: str
     group: str
-    """Whose slices these are: the patient's key, or the series where it is unknown. A group is never split."""
+    """The patient's key, or the series if the patient is unknown. A group is never split."""
     n: int = 0
-    """Slices; known when it was fetched."""
+    """Number of slices, which is known once the array is fetched."""
     held_out: bool = False
     class_name: str | None = None
     modality: str | None = None
@@ -41,14 +41,14 @@ class Manifest(Stored):
     dataset: str
     arrays: tuple[Array, ...]
     classes: tuple[str, ...] = ()
-    """Names of the classes; the label of a class is its place here. Empty where there are not at least two."""
+    """Names of the classes; the label of a class is its place here. Empty if there are fewer than two."""
     source: str | None = None
-    """The address that the request named; None where the arrays lie in the bucket."""
+    """The address that the request named; None if the arrays lie in the bucket."""
     listing_hash: str = ""
     """Hash of what was found at the first start; copies of the arrays are kept under it."""
 
     def labels(self, *, held_out: bool) -> list[int]:
-        """Return the labels of the arrays of one side; none where there are no classes."""
+        """Return the labels of the arrays of one side; an empty list if there are no classes."""
         return [
             self.classes.index(array.class_name)
             for array in self.arrays
@@ -66,7 +66,7 @@ class StoredOptions(Stored):
     request: TrainingRequest
     settings: dict[str, Any]
     time: AwareDatetime | None = None
-    """When it was asked for."""
+    """The time of the request."""
 
 
 class StoredPlan(Stored):
@@ -74,23 +74,23 @@ class StoredPlan(Stored):
 
     round: int
     number: int
-    """Of the try, from 0: how often the round diverged before."""
+    """The number of the try, from 0: how often the round diverged before."""
     rule: str
-    """Why the parameters are what they are."""
+    """The rule that chose the parameters."""
     changes: dict[str, Value]
     continue_from: int
     """The round whose model is trained on; 0 is a new one."""
     until: int
     """The step, counted from the model's first, at which the round ends."""
     config: str
-    """config.js."""
+    """The content of config.js."""
 
 
 class StoredPartial(Stored):
     """A round's newest checkpoint, as partial.<try>.json names it."""
 
     epoch: int
-    """Of the lease of who wrote this."""
+    """The epoch of the lease under which this was written."""
     step: int
     key: str
     sha256: str
@@ -101,12 +101,12 @@ class StoredTrained(Stored):
 
     checkpoint_key: str
     step: int = 0
-    """The last one, counted from the model's first."""
+    """The last step, counted from the model's first."""
     margin: float
     device: str
     losses: tuple[dict[str, float], ...]
     trained_s: float = 0
-    """Seconds of training, those that were lost with a process left out."""
+    """Seconds of training, without those that were lost with a process."""
 
 
 class StoredRound(StoredTrained):
@@ -124,12 +124,12 @@ class StoredState(Stored):
 
     round: int = 1
     attempts: int = 0
-    """Processes that failed, one after the other, without coming further."""
+    """Number of processes that failed, one after the other, without coming further."""
     reached: int = 0
-    """The step of the last checkpoint when the last one failed."""
+    """The step of the last checkpoint when the last process failed."""
     divergences: int = 0
     failed_of: str = ""
-    """The last failure's reason."""
+    """The reason code of the last failure."""
 
 
 class StoredProgress(Stored):
@@ -137,10 +137,10 @@ class StoredProgress(Stored):
 
     round: int
     step: int
-    """Of the round, from its start."""
+    """The number of the step, from the start of the round."""
     of_steps: int
     images_seen: int
-    """Since the model was new."""
+    """Number of images seen since the model was new."""
     generator_loss: float
     discriminator_loss: float
     time: AwareDatetime
@@ -178,7 +178,7 @@ class StoredDescription(Stored):
     approved: bool | None = None
     sha256: str
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the images that were made when the training ended."""
+    """The seed of the images that were made when the training ended."""
     classes: tuple[Name, ...] = ()
     units: Units = Units()
     config: dict[str, Value]

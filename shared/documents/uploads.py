@@ -9,14 +9,14 @@ class StoredRefusal(Stored):
     """`reason.json`: why an object is in quarantine."""
 
     reason_code: str
-    """See services/ingest/reasons.py."""
+    """One of the codes of services/ingest/reasons.py."""
     place: str
-    """An element, a member's number: where in the object; may be empty."""
+    """The place in the object, such as an element or a member's number; may be empty."""
     upload_key_sha256: str
-    """Upload keys may hold names, so they are told by their hash."""
+    """Hash of the upload's key, which itself may hold a name."""
     dataset: str
     time: AwareDatetime
-    """When it was uploaded."""
+    """The time of the upload."""
 
 
 class StoredRelease(Stored):

@@ -26,7 +26,7 @@ class Bucket(Protocol):
 
 
 async def read(document: Document[Model], *, objects: Bucket) -> Model | None:
-    """Return what a document holds, or None where there is none. Raises `Refused` where this version cannot read it."""
+    """Return what a document holds, or None if there is none. Raises `Refused` where this version cannot read it."""
     try:
         return document.parse(await objects.get(document.key))
     except ObjectMissing:

@@ -39,7 +39,8 @@ REPEATS = 5
 """Receives in a row that bring only what was seen before: the queue has been gone through."""
 BATCH = 10
 BATCH_BYTES = 1_048_576
-"""Of a batch together: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html"""
+"""The largest size of a batch, all its messages together:
+https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html"""
 BATCH_MARGIN_BYTES = 65_536
 """Left for attributes, which count too."""
 TOLD = {"reason_code", "detail", "receive_count", "error_type", "where"}
@@ -62,7 +63,7 @@ EVENT_NAMES = {event.model_fields["type"].default for event in EVENT_TYPES}
 PLACES = 3
 PROGRESS_S = 1.0
 CLOCK_STEP = timedelta(seconds=1)
-"""Of the date in an HTTP answer."""
+"""The resolution of the date in an HTTP answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +74,23 @@ class DeadLetter:
     receipt_handle: str
     body: str
     attributes: dict[str, Any]
-    """What goes back with it."""
+    """The attributes that go back to the queue with the message."""
     reason: str
     place: str
-    """Where it was raised, or which field is wrong; may be empty."""
+    """The place where it was raised, or the field that is wrong; may be empty."""
     sent: datetime
 
     @property
     def event_type(self) -> str:
-        """What it is, where that is one of the contract's words."""
+        """The type of the event, if it is one of the contract's; otherwise a word for what the body is."""
         try:
             document = json.loads(self.body)
         except ValueError:
             return "not json"
         if isinstance(document, dict) and ("Records" in document or "detail-type" in document):
             return "s3"
-        told = document.get("type") if isinstance(document, dict) else None
-        return told if isinstance(told, str) and told in EVENT_NAMES else UNKNOWN
+        name = document.get("type") if isinstance(document, dict) else None
+        return name if isinstance(name, str) and name in EVENT_NAMES else UNKNOWN
 
     def sample(self) -> dict[str, str]:
         """Tell it apart from others, without anything of a patient."""
@@ -106,9 +107,9 @@ class Place:
     dead_url: str
     dead_arn: str
     dead: int
-    """How many messages are in the dead-letter queue, which SQS says is approximate."""
+    """Number of messages in the dead-letter queue, which SQS says is approximate."""
     as_of: datetime
-    """When SQS told so, by its own clock and rounded up to seconds."""
+    """The time at which SQS said so, by its own clock and rounded up to seconds."""
 
 
 async def listed(place: Place, *, sqs: "SQSClient") -> dict[str, Any]:
@@ -156,15 +157,15 @@ class Redrive:
     by_reason: Counter[str] = field(default_factory=Counter)
     n_moved: int = 0
     n_left: int = 0
-    """Looked at, and left where they are."""
+    """Number of messages that were looked at, and left where they are."""
     how: str = "messages"
     complete: bool = True
     told_at: float = float("-inf")
     _moved: set[int] = field(default_factory=set)
-    """Hashes of bodies."""
+    """Hashes of the bodies of messages that were moved."""
 
     async def run(self) -> None:
-        """Move them. Raises `Refused` where AWS does not do as asked; what was moved until then stays moved."""
+        """Move them. Raises `Refused` if AWS does not do as asked; what was moved until then stays moved."""
         everything = self.reason is None and self.at_most is None and not self.dry_run
         if not (everything and await self._by_task()):
             await self._one_by_one()
@@ -235,8 +236,8 @@ class Redrive:
             # What a dry run or a reason leaves in place is held meanwhile, so that has a bound.
             bound = {"at_most": MOST_LOOKED_AT, "within_s": HOLD_S / 2} if self.dry_run else {}
             async for letters in held.batches(**bound):
-                old = [one for one in letters if not self._failed_again(one)]
-                chosen = [one for one in old if self.reason in {None, one.reason}]
+                old = [letter for letter in letters if not self._failed_again(letter)]
+                chosen = [letter for letter in old if self.reason in {None, letter.reason}]
                 if self.at_most is not None:
                     chosen = chosen[: self.at_most - self.n_moved]
                 self.n_left += len(letters) - len(chosen)
@@ -282,7 +283,7 @@ class Held:
         self._sqs = sqs
         self._url = url
         self._handles: dict[str, str] = {}
-        """Receipt handles by message id, of what is to be given back."""
+        """The receipt handles of what is to be given back, by message id."""
         self._deleted: set[str] = set()
         self.complete = False
         """Whether the whole queue was seen."""
@@ -294,7 +295,7 @@ class Held:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Make visible what is left; where that fails, it becomes so by itself."""
+        """Make visible what is left; if that fails, it becomes so by itself."""
         for handles in _batches(list(self._handles.values())):
             entries: Any = [
                 {"Id": str(i), "ReceiptHandle": one, "VisibilityTimeout": 0} for i, one in enumerate(handles)
@@ -355,15 +356,15 @@ async def place_of(role: str, name: str, *, sqs: "SQSClient") -> Place:
         Refused: the queue has no dead-letter queue.
     """
     url = (await sqs.get_queue_url(QueueName=name))["QueueUrl"]
-    told = (await sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn", "RedrivePolicy"]))["Attributes"]
-    if "RedrivePolicy" not in told:
+    known = (await sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn", "RedrivePolicy"]))["Attributes"]
+    if "RedrivePolicy" not in known:
         raise Refused(f"the queue {name} has no dead-letter queue")
-    dead_arn = json.loads(told["RedrivePolicy"])["deadLetterTargetArn"]
+    dead_arn = json.loads(known["RedrivePolicy"])["deadLetterTargetArn"]
     dead_url = (await sqs.get_queue_url(QueueName=dead_arn.rsplit(":", 1)[1]))["QueueUrl"]
     answer = await sqs.get_queue_attributes(QueueUrl=dead_url, AttributeNames=["ApproximateNumberOfMessages"])
     dead = int(answer["Attributes"]["ApproximateNumberOfMessages"])
     as_of = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]) + CLOCK_STEP
-    return Place(role, url, told["QueueArn"], dead_url, dead_arn, dead, as_of)
+    return Place(role, url, known["QueueArn"], dead_url, dead_arn, dead, as_of)
 
 
 def _dead_letter(message: Any) -> DeadLetter:

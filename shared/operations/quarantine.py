@@ -36,9 +36,9 @@ class Refusal:
     upload_key_sha256: str
     time: str
     bytes: int | None
-    """None where the object is still where it was uploaded."""
+    """The size of the object; None if it is still where it was uploaded."""
     released: str | None
-    """When this refusal was answered by a release."""
+    """The time at which a release answered this refusal; None if none did."""
 
 
 async def chosen(

@@ -28,7 +28,7 @@ class Ended:
     series: str
     """The part of the key that names the series, or `study`."""
     record: Result | Failure
-    """What the object says."""
+    """The content of the object."""
 
 
 async def newest(study_uid: str, *, objects: Bucket) -> dict[tuple[str, str], Ended]:
@@ -49,7 +49,7 @@ async def newest(study_uid: str, *, objects: Bucket) -> dict[tuple[str, str], En
 
 
 async def newest_of(study_uid: str, *, objects: Bucket) -> dict[tuple[str, str], Ended]:
-    """Do what `newest` does; empty where there is nothing, as while all that failed runs again."""
+    """Do what `newest` does; empty if there is nothing, as while all that failed runs again."""
     aged = [(await _age(ended, objects=objects), ended) async for ended in _ended(study_uid, objects=objects)]
     aged.sort(key=lambda one: one[0])
     return {(ended.series, ended.record.map): ended for _, ended in aged}
