@@ -23,7 +23,7 @@ ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 """A local file header, or the end of an empty archive (APPNOTE 4.3)."""
 GZIP_MAGIC = b"\x1f\x8b"
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
-"""Of POSIX and of GNU; the format of before 1988 has none, and is not known."""
+"""The mark of a tar, by POSIX and by GNU, and its offset; the format before 1988 has none, and is not recognised."""
 TAR_BLOCK = 512
 HEAD_BYTES = TAR_BLOCK
 CHUNK_BYTES = 1024 * 1024
@@ -33,7 +33,7 @@ ENCRYPTED = 0x1
 UNIX_SYSTEMS, UNIX_MODE_BITS = {3, 19}, 16
 """A zip made on Unix, or on OS X, has a file's mode in the upper half of its attributes."""
 DOS_FOLDER = 0x10
-"""In the lower half."""
+"""The bit of a folder in the lower half of a zip member's external attributes."""
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 JUNK_FOLDERS = {"__MACOSX"}
 JUNK_NAMES = {"DICOMDIR", "ICON\r", ".DS_STORE", "THUMBS.DB", "DESKTOP.INI", "VERSION", "LOCKFILE"}
@@ -45,7 +45,7 @@ JUNK_SUFFIXES = JUNK_TEXTS | JUNK_PICTURES | JUNK_PROGRAMS
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
-"""These are the machine's, not the archive's."""
+"""Errors that are the machine's fault, not the archive's."""
 
 
 def is_zip(head: bytes) -> bool:

@@ -37,7 +37,7 @@ class Verdict:
     """What ingest would do with one file."""
 
     path: str
-    """Of the file; a member of an archive is `archive.zip#7`, counted from 0: the names inside are not told."""
+    """The path of the file; a member of an archive is `archive.zip#7`, counted from 0: names inside are not shown."""
     taken: bool
     series_uid: str | None = None
     reason_code: str | None = None
@@ -45,7 +45,7 @@ class Verdict:
     """Which element the refusal is about, which line of code, or which other file."""
     warnings: Sequence[str] = ()
     decoder: str = ""
-    """What read its compressed pixels."""
+    """The library that decoded its compressed pixels."""
     seconds: float = 0.0
 
 
@@ -69,7 +69,7 @@ class SeriesVerdict:
     modality: str | None
     n_instances: int
     geometry: Geometry | None
-    """None for a series without images."""
+    """The geometry of the series; None if it has no images."""
     warnings: Sequence[str]
     """About its geometry, or why that is not known; those of its instances stand with the files."""
 
@@ -89,7 +89,7 @@ class Check:
 
     verdicts: list[Verdict] = field(default_factory=list)
     taken: dict[str, Taken] = field(default_factory=dict)
-    """By path as in the verdict."""
+    """The instances that were taken, by path as in the verdict."""
     series: list[SeriesVerdict] = field(default_factory=list)
     seconds: float = 0.0
 

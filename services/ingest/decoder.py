@@ -22,7 +22,7 @@ REASON_OF_FAILURE = {
 }
 """Code of `ChildFailed` to code of `reasons.REASONS`."""
 CALLS_OF_A_CHILD = 2000
-"""After so many a child is replaced: what its libraries do not give back never adds up to its limit."""
+"""A child is replaced after so many calls: memory that its libraries do not give back never adds up to its limit."""
 Reply = TypeVar("Reply")
 
 

@@ -20,14 +20,14 @@ RESPELT = (
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"),
     *("PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
 )
-"""What pixels and geometry are read by."""
+"""The elements that pixels and geometry are read by."""
 SPELLINGS: dict[str, Callable[[Any], Any]] = {
     "CS": lambda value: str(value).strip(),
     "DS": lambda value: f"{float(value):.10g}",
     "IS": lambda value: str(int(float(value))),
     "US": int,
 }
-"""By VR, how a value becomes one; DS has no more than 16 characters."""
+"""The function that spells a value anew, by VR; a DS has no more than 16 characters."""
 
 
 def protect(instance: Instance, body: bytes, rules: Deidentification, secret: str) -> tuple[Instance, bytes]:

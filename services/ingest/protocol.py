@@ -81,10 +81,10 @@ class Instance(Message):
     series_uid: str
     sop_instance_uid: str
     sha: str
-    """Of the data set as it was uploaded, so that the same data set in another wrapping is the same."""
+    """The sha256 of the data set as it was uploaded, so that the same data set in another wrapping is the same."""
     warnings: Sequence[str]
     decoder: str = ""
-    """What read its compressed pixels; empty where there are none."""
+    """The library that decoded its compressed pixels; empty if they are not compressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class ArrayConfig(Message):
     leave_out: tuple[str, ...] = ()
     """Names of rules: `blank`, `localizer`."""
     screened: str = ""
-    """Of a de-identified dataset a hash of the rules that blank regions: what may show who it is, is left out."""
+    """A hash of the rules that blank regions, if de-identified: pictures that may show the patient are left out."""
 
     def described(self) -> dict[str, object]:
         """Return the configuration as the sidecar tells it."""
@@ -139,12 +139,12 @@ class Described(Message):
 
     attributes: Mapping[str, Any]
     geometry: Geometry | None
-    """None where it has no images."""
+    """The geometry of the series; None if it has no images."""
     warnings: Sequence[str]
     n_grey: int
     """Frames without colour."""
     deidentified: bool
-    """Whether all instances are."""
+    """True if all instances are de-identified."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,9 +41,9 @@ PREAMBLE_BYTES = 128
 MAGIC = b"DICM"
 UNDEFINED = 0xFFFFFFFF
 FIRST_TAG = 0x00080000
-"""Of a data set; groups before it are of the file, or of messages."""
+"""The first tag that a data set may have; groups before it belong to the file, or to messages."""
 HEADER_BYTES = 8
-"""Of an element, at least."""
+"""The least bytes that an element takes."""
 PIXEL_DATA = 0x7FE00010
 NATIVE = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian}
 OF_THE_WRAPPING = {"preamble_missing", "meta_missing", "meta_mismatch", "charset_unknown"}
@@ -56,7 +56,7 @@ FIRST_GROUPS = {2, 8}
 """A file without preamble starts with the file meta group or with the identifying group."""
 IMPLEMENTATION_UID = UID(f"2.25.{uuid.uuid5(uuid.NAMESPACE_DNS, 'ingest.radqueue.org').int}")
 FLOATS = {"FloatPixelData": 4, "DoubleFloatPixelData": 8}
-"""Bytes of a sample."""
+"""The bytes of a sample in each element of floating-point pixels."""
 OTHER_PIXELS = (*FLOATS, "PixelDataProviderURL")
 HALVED = {"YBR_FULL_422", "YBR_PARTIAL_422"}
 """Photometric interpretations in which two pixels share their colour (PS3.3 C.7.6.3.1.2)."""

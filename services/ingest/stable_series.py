@@ -46,7 +46,7 @@ class Series:
     instances: tuple[StoredInstance, ...]
     digest: str
     listed: datetime
-    """When it looked like this."""
+    """The time of the listing."""
 
 
 async def expect_settling(dataset: str, study_uid: str, series_uid: str, *, ports: Ports) -> None:

@@ -15,7 +15,7 @@ from shared.idempotency import store_once, stored
 from shared.objects import ObjectStore
 
 OTHER = "other"
-"""In place of a Modality that is missing, or is no code: it came from a file, and becomes part of a key."""
+"""The word for a Modality that is missing or is not a code: it came from a file, and becomes part of a key."""
 
 Measure = Callable[[], Awaitable[tuple[float, float] | None]]
 

@@ -64,7 +64,7 @@ class _Runs:
     outcomes: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     seconds: "dict[str, array[float]]" = field(default_factory=lambda: defaultdict(lambda: array("d")))
-    """Of completed runs, by device."""
+    """The seconds of completed runs, by device."""
     n_outputs: int = 0
 
     def add(self, event: InferenceCompleted | InferenceFailed) -> None:

@@ -38,7 +38,7 @@ class _Batch:
     timer: asyncio.TimerHandle
     failure: asyncio.Future[str | None]
     lines: dict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))
-    """By date, as YYYY-MM-DD."""
+    """The lines of each date, which is written YYYY-MM-DD."""
     n_events: int = 0
     n_bytes: int = 0
 

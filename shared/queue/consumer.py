@@ -85,7 +85,7 @@ class _Consumer:
     stop: asyncio.Event
     metrics: Metrics | None
     logger: Any = field(default_factory=log.bind)
-    """For what is logged with every message: the module's is bound anew for each line."""
+    """The logger of what is logged with every message: the module's own would be bound anew for each line."""
     circuit: Circuit = field(default_factory=Circuit)
     running: "dict[Received, asyncio.Task[None]]" = field(default_factory=dict)
     """What takes a slot: messages whose handler runs, or whose fate is being brought about."""

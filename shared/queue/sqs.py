@@ -60,16 +60,16 @@ class Received:
     receive_count: int
     """How often the work was received, in this message and in those that it was sent again from."""
     bugs: int
-    """How often its handler raised what no table knows."""
+    """How often its handler raised an error that the table of fates does not know."""
     deaths: int
     """How often nothing more was heard of who received it: it was killed. One too many while this very message, once
     given back in good order, has not been sent again."""
     waited_s: float
-    """From being sent to the first receive."""
+    """Seconds from being sent to the first receive."""
     lease_until: float
     """When SQS gives the message to another worker, unless it is extended."""
     ends_at: float
-    """When it does whatever is asked for."""
+    """The time at which SQS does so whatever is asked for."""
     handler: "asyncio.Task[None] | None" = None
     """Who is told when the lease is lost, while the handler runs."""
     lost: str | None = None

@@ -54,7 +54,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 STANDARD_ROOT = "1.2.840.10008."
-"""Of the UIDs that PS3.6 Annex A registers, of which a library knows those of its time."""
+"""The root of the UIDs that PS3.6 Annex A registers; a library knows those of its time only."""
 METHOD = "DICOM PS3.15 Annex E, basic profile (radqueue)"
 PSEUDONYM_LENGTH = 16
 LONGEST_SHIFT_DAYS = 3650
@@ -87,7 +87,7 @@ FORMATS = {
     "AS": re.compile(r"\d{3}[DWMY]"),
     "UI": re.compile(r"[\d.]+"),
 }
-"""What a value may be where that leaves no room for a text: PS3.5 section 6.2, and what was before. No ranges."""
+"""The values of each VR that leave no room for a text: PS3.5 section 6.2 and its older forms, without ranges."""
 _DATE = re.compile(r"\d{8}")
 _WORD = re.compile(r"[234][dD]\b|[^\W\d]\w*|\d+(?:\.\d+)?")
 _OF_A_KIND = re.compile("(Class|Context|Resource|Scheme|Syntax)UID$")
