@@ -75,7 +75,8 @@ def _by_scipy(a: Tensor, b: Tensor) -> float:
 
 
 def _by_torchmetrics(a: Tensor, b: Tensor) -> float:
-    metric = FrechetInceptionDistance(feature=nn.Identity(), input_img_size=(D,)).set_dtype(torch.float64)
+    size: Any = (D,)  # torchmetrics declares the size of a picture, but takes that of whatever its network is given
+    metric = FrechetInceptionDistance(feature=nn.Identity(), input_img_size=size).set_dtype(torch.float64)
     metric.update(a, real=True)
     metric.update(b, real=False)
     return float(metric.compute())

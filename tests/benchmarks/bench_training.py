@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.ingest.arrays import shrink
-from services.trainer.config import DEFAULT_CONFIG, TrainingConfig, Value
+from services.trainer.config import DEFAULT_CONFIG, TrainingConfig
 from services.trainer.evaluation.evaluate import evaluate
 from services.trainer.evaluation.features import RANDCONV
 from services.trainer.gan import reference_step as reference
@@ -33,6 +33,7 @@ from services.trainer.gan.compiled_step import CUDA_GRAPHS, Step, fast_step
 from services.trainer.gan.reference_step import PENALTY_EVERY, reference_step
 from services.trainer.gan.training import generate_images, start, train_gan
 from services.trainer.jsconfig import modify_config, read_config
+from shared.documents.training import Value
 from shared.phantom import volumes
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,7 +10,12 @@ NO_TEXT = {"SQ", "UI", "AT", "FD", "FL", "SL", "SS", "SV", "UL", "US", "UV"}
 def sentinel(number, vr):
     """Return a value of the VR in which the number can be found again."""
     day = f"{1801 + number % 98}{1 + number % 12:02}{1 + number % 28:02}"
-    values = {"DA": day, "DT": f"{day}111111.{number:06}", "TM": f"111111.{number:06}", "AS": f"{number % 1000:03}W"}
+    values: dict[str, str | bytes] = {
+        "DA": day,
+        "DT": f"{day}111111.{number:06}",
+        "TM": f"111111.{number:06}",
+        "AS": f"{number % 1000:03}W",
+    }
     values |= dict.fromkeys(("DS", "IS"), f"77{number:06}")
     values |= dict.fromkeys(("OB", "OW", "UN", "OF", "OD", "OL", "OV"), f"LEAK{number:012}".encode())
     return values.get(vr, f"LEAK{number:06}")
@@ -34,8 +39,8 @@ def planted(into, numbers):
         value = sentinel(next(numbers), vr)
         block.add_new(offset, vr, value)
         found.append(value)
-    for tag, vr in ((0x00080FFF, "LO"), (0x00180FFF, "UN"), (0x60000022, "LO"), (0x60004000, "LT")):
+    for number, vr in ((0x00080FFF, "LO"), (0x00180FFF, "UN"), (0x60000022, "LO"), (0x60004000, "LT")):
         value = sentinel(next(numbers), vr)
-        into.add_new(tag, vr, value)
+        into.add_new(number, vr, value)
         found.append(value)
     return found
