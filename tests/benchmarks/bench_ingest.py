@@ -108,7 +108,9 @@ def _as_jpeg_2000(paths: Sequence[Path], folder: Path) -> list[Path]:
     folder.mkdir()
     for path in paths:
         dataset = dcmread(path)
-        dataset.PixelData = encapsulate([imagecodecs.jpeg2k_encode(dataset.pixel_array, reversible=True, level=0)])
+        dataset.PixelData = encapsulate(
+            [bytes(imagecodecs.jpeg2k_encode(dataset.pixel_array, reversible=True, level=0))]
+        )
         dataset["PixelData"].is_undefined_length = True
         dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
         dataset.save_as(folder / path.name)
@@ -182,14 +184,17 @@ def _bare(paths: Sequence[Path]) -> Iterator[Callable[[], float]]:
     with subprocess.Popen(
         command, cwd=ROOT, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
+        orders, answers = process.stdin, process.stdout
+        assert orders
+        assert answers
 
         def run() -> float:
-            process.stdin.write("\n")
-            process.stdin.flush()
-            return float(process.stdout.readline())
+            orders.write("\n")
+            orders.flush()
+            return float(answers.readline())
 
         yield run
-        process.stdin.close()
+        orders.close()
 
 
 def _bare_loop(paths: Sequence[str]) -> None:
@@ -300,6 +305,7 @@ def _stub(folder: Path, *, latency_s: float) -> Iterator[str]:
     command = [sys.executable, "-m", "tests.benchmarks.stub_s3", str(objects), str(latency_s)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
+            assert process.stdout
             word, _, url = process.stdout.readline().strip().partition(" ")
             if word != "ready":
                 raise RuntimeError("the stub did not start")

@@ -100,6 +100,7 @@ def _server(module: str, *arguments: str) -> Iterator[str]:
     command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
+            assert process.stdout
             word, _, url = process.stdout.readline().strip().partition(" ")
             if word != "ready":
                 raise RuntimeError(f"{module} did not start")
@@ -152,10 +153,14 @@ class _Server:
     def client(self, which: str) -> "Iterator[Callable[[int], dict[str, float]]]":
         """Start a client; give the function that has it consume n messages, and returns what it measured."""
         with self._start(which) as process:
+            assert process.stdin
+            answers = process.stdout
+            assert answers
 
             def run(n: int) -> dict[str, float]:
                 _ask(process, n)
-                return json.loads(process.stdout.readline())
+                measured: dict[str, float] = json.loads(answers.readline())
+                return measured
 
             yield run
             process.stdin.close()
@@ -173,7 +178,8 @@ class _Server:
                 else:
                     time.sleep(0.1)
             told, _ = process.communicate()
-        return json.loads(told)
+        measured: dict[str, float] = json.loads(told)
+        return measured
 
     def _backlog(self) -> int:
         asked: Any = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
@@ -189,6 +195,7 @@ class _Server:
 
 
 def _ask(process: "subprocess.Popen[str]", n: int) -> None:
+    assert process.stdin
     process.stdin.write(f"{n}\n")
     process.stdin.flush()
 

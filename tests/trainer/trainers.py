@@ -39,7 +39,7 @@ class Watched(Child):
         self.busy = asyncio.Event()
         self.on_checkpoint: Callable[[], None] = lambda: None
 
-    async def call(self, request, *, on_progress, **options):
+    async def call(self, request, *, on_progress=lambda _: None, **options):
         def told(progress):
             on_progress(progress)
             if isinstance(progress, Saved):
@@ -58,6 +58,7 @@ class Watched(Child):
             await asyncio.gather(calling, return_exceptions=True)
 
     def kill(self) -> None:
+        assert self.pid is not None
         os.kill(self.pid, signal.SIGKILL)
 
 
@@ -88,7 +89,8 @@ class Trainer:
     async def weights(self) -> dict[str, torch.Tensor]:
         """Return those of the generator that was told of last."""
         body = await self.objects.get(self.published[-1].data.generator_key)
-        return torch.load(io.BytesIO(body), weights_only=True)
+        loaded: dict[str, torch.Tensor] = torch.load(io.BytesIO(body), weights_only=True)
+        return loaded
 
 
 async def until(condition) -> None:
